@@ -1,0 +1,376 @@
+"""Every metric of the three papers, answer scoring, and what a run leaves behind.
+
+The accuracy matrix.  A is a float array (T,T): A[t,i] = score on task i after learning task t, nan above the diagonal.
+T tasks, indices from 0, scores in points (0..100).  Every function below is pure: it never edits what it is given.
+
+Sources   MM-Prompt, arXiv 2505.19455v1, sections 4.1, A, B (Eq. 12-13)     ModalPrompt, arXiv 2410.05849v2, appendix A
+          missing modalities, arXiv 2503.00528, section 4.1                  VQA evaluation, Antol et al. 2015
+"""
+import contextlib
+import csv
+import errno
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data import InputError
+
+# ------------------------------------------------------------------------------------------ the accuracy matrix
+
+
+def _matrix(A):
+    """A checked float64 copy of A.  Raises ValueError unless A is (T,T) with a full lower triangle."""
+    A = np.array(A, dtype=float)                                     # a copy: callers keep theirs
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or len(A) == 0:
+        raise ValueError(f"an accuracy matrix is (T,T) with T >= 1, not {A.shape}")
+    if np.isnan(A[np.tril_indices(len(A))]).any():
+        raise ValueError("nan on or below the diagonal: a task was learned but not evaluated")
+    return A
+
+
+def average_accuracy(A):
+    """A = 1/T sum_t A[T,t]: the mean of the last row, a float.  MM-Prompt section 4.1; AA of the missing-modality paper."""
+    return float(_matrix(A)[-1].mean())
+
+
+def forgetting(A, best="earlier"):
+    """F = 1/(T-1) sum_{t<T} (best score on task t before the end - A[T,t]), a float; 0.0 for one task; may be negative.
+
+    best="earlier"  max over the rows t..T-1: Chaudhry et al. 2018, what MM-Prompt's code computes; FM(max).
+    best="own"      max over the rows 1..t, as MM-Prompt's section 4.1 prints it.  Rows before t are nan unless future
+                    tasks were evaluated, so it is the diagonal A[t,t]: FM(diag), minus backward transfer.
+    """
+    A = _matrix(A)
+    T = len(A)
+    if best not in ("earlier", "own"):
+        raise ValueError(f"best is 'earlier' or 'own', not {best!r}")
+    if T == 1:
+        return 0.0
+    rows = (lambda t: A[t:T - 1, t]) if best == "earlier" else (lambda t: A[:t + 1, t])
+    return float(np.mean([np.nanmax(rows(t)) - A[-1, t] for t in range(T - 1)]))
+
+
+def intra_forgetting(matrices, best="earlier"):
+    """F_intra: the mean of `forgetting` over the outer tasks, each with the (S,S) matrix of its own subtasks, a float.
+
+    MM-Prompt names it "logically similar" to F_inter and prints no formula (section 4.1); this is the literal reading.
+    """
+    return float(np.mean([forgetting(A, best) for A in matrices]))
+
+
+def last(A):
+    """Last_i = A[T,i], an array (T,).  ModalPrompt, appendix A."""
+    return _matrix(A)[-1]
+
+
+def avg(A):
+    """Avg_i = 1/(T-i) sum_{t>i} A[t,i], an array (T-1,): the diagonal is left out, the last task has none.  Appendix A."""
+    A = _matrix(A)
+    return np.array([A[i + 1:, i].mean() for i in range(len(A) - 1)])
+
+
+def backward_transfer(A):
+    """B_t = 1/(t-1) sum_{i<t} (A[i,i] - A[t,i]) for t = 2..T, an array (T-1,).  Lower is better: the sign is the paper's,
+    opposite to the usual BWT.  ModalPrompt, appendix A."""
+    A = _matrix(A)
+    return np.array([(A.diagonal()[:t] - A[t, :t]).mean() for t in range(1, len(A))])
+
+
+def mean_accuracy(A):
+    """M_t = 1/t sum_{i<=t} A[t,i] for t = 2..T, an array (T-1,).  ModalPrompt, appendix A."""
+    A = _matrix(A)
+    return np.array([A[t, :t + 1].mean() for t in range(1, len(A))])
+
+
+def merge_effectiveness(joint, v, q):
+    """Acc_joint - max(Acc_V-only, Acc_Q-only), elementwise.  Higher: the modalities add to each other.  MM-Prompt Eq. 12."""
+    return np.asarray(joint, float) - np.maximum(v, q)
+
+
+def modality_difference(v, q):
+    """max(Acc_V-only, Acc_Q-only) - min(Acc_V-only, Acc_Q-only), elementwise.  Lower: balanced.  MM-Prompt Eq. 13."""
+    return np.abs(np.subtract(v, q, dtype=float))
+
+
+# ------------------------------------------------------------------------------------------------ answer scoring
+_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                    "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+_ARTICLES = {"a", "an", "the"}
+# The evaluation writes contractions with their apostrophe; answers without it are mapped to the form with it.
+_CONTRACTIONS = {w.replace("'", ""): w for w in (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm "
+    "I've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't she'd she's "
+    "should've shouldn't somebody'd something's that'd that's there'd there's they'd they'll they're they've wasn't "
+    "we've weren't what'll what're what's what've when's where'd where's who'd who'll who's why'd why'll why're "
+    "won't would've wouldn't y'all you'd you'll you're you've").split()
+    if w.replace("'", "") not in {"shed", "hed", "its", "ill", "well", "were", "wed", "id"}}
+_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+
+
+def normalize_answer(text):
+    """One answer as the official VQA evaluation compares it: no punctuation, digits for number words, no articles,
+    contractions with their apostrophe, single spaces, lower case."""
+    text = str(text).replace("\n", " ").replace("\t", " ").strip()
+    comma_number = re.search(r"(\d)(,)(\d)", text) is not None
+    out = text
+    for p in _PUNCTUATION:                                           # a sign next to a space, or in 1,000: drop; else a space
+        out = out.replace(p, "" if f"{p} " in text or f" {p}" in text or comma_number else " ")
+    out = re.sub(r"(?<!\d)\.(?!\d)", "", out)                        # full stops, but not decimal points
+    words = [_NUMBERS.get(w, w) for w in out.lower().split()]
+    return " ".join(_CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
+
+
+def vqa_accuracy(prediction, ten_answers):
+    """VQA soft accuracy in [0,1]: mean over leaving one annotator out of min(1, matches among the others / 3).
+
+    Any number of answers >= 1 works; one answer alone is compared exactly (official code needs ten).
+    """
+    truth = [normalize_answer(a) for a in ten_answers]
+    guess = normalize_answer(prediction)
+    if len(truth) == 1:
+        return float(guess == truth[0])
+    hits = truth.count(guess)                                        # leaving out a hit leaves hits-1, a miss leaves hits
+    score = hits * min(1.0, (hits - 1) / 3) + (len(truth) - hits) * min(1.0, hits / 3)
+    return score / len(truth)
+
+
+def exact_match(prediction, answer):
+    """1.0 if both are the same after trimming and lower-casing, else 0.0."""
+    return float(str(prediction).strip().lower() == str(answer).strip().lower())
+
+
+def token_f1(prediction, answer):
+    """F1 of the two bags of normalised words, in [0,1].  Beside exact match for NExT-QA; WUPS needs WordNet: not here."""
+    guess, truth = Counter(normalize_answer(prediction).split()), Counter(normalize_answer(answer).split())
+    if not guess or not truth:
+        return float(guess == truth)
+    return 2 * sum((guess & truth).values()) / (guess.total() + truth.total())
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+def mean_std(values):
+    """(mean, sample standard deviation with ddof 1; 0.0 for one value)."""
+    values = np.asarray(values, float)
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def paired(a, b):
+    """Paired comparison of two equally long lists of scores, one entry per seed.
+
+    Returns {"difference": mean of a-b, "std": ddof 1, "wins": how often a > b, "n": n, "p": two-sided sign-flip test}.
+    p is exact up to 16 pairs, from 20,000 seeded flips beyond.  With five pairs p cannot go below 2/32 = 0.0625.
+    """
+    d = np.subtract(a, b, dtype=float)
+    mean, std = mean_std(d)
+    n = len(d)
+    signs = (np.array(list(itertools.product((1, -1), repeat=n))) if n <= 16
+             else np.random.default_rng(0).choice((1, -1), size=(20_000, n)))
+    p = float((np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean())
+    return {"difference": mean, "std": std, "wins": int((d > 0).sum()), "n": n, "p": p}
+
+
+# ------------------------------------------------------------------------------------- what a run leaves behind
+
+
+@contextlib.contextmanager
+def atomic(path, mode="w"):
+    """Write to a neighbour of `path`, then rename: a run killed at any moment leaves the old file or the new, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
+    """Draw a matrix (R,C) as a PNG with Pillow; nan cells stay white.  rows, columns: labels.  Values are printed."""
+    from PIL import Image, ImageDraw
+    A = np.asarray(A, float)
+    R, C = A.shape
+    rows, columns = rows or [str(i + 1) for i in range(R)], columns or [str(i + 1) for i in range(C)]
+    cell, left, top = 46, 12 + 7 * max(map(len, map(str, rows))), 54
+    image = Image.new("RGB", (left + cell * C + 8, top + 26 * R + 8), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 6), title, fill="black")
+    for j, name in enumerate(columns):
+        draw.text((left + cell * j + 2, top - 26 + 12 * (j % 2)), str(name)[:12], fill="black")
+    for i, name in enumerate(rows):
+        draw.text((6, top + 26 * i + 7), str(name), fill="black")
+        for j in range(C):
+            if not np.isfinite(A[i, j]):
+                continue
+            x = float(np.clip((A[i, j] - low) / (high - low or 1), 0, 1))
+            box = (left + cell * j, top + 26 * i, left + cell * (j + 1) - 2, top + 26 * (i + 1) - 2)
+            draw.rectangle(box, fill=(int(247 - 239 * x), int(251 - 170 * x), int(255 - 99 * x)))
+            text = f"{A[i, j]:.1f}" if high > 2 else f"{A[i, j]:.2f}"
+            draw.text((box[0] + 6, box[1] + 6), text, fill="white" if x > 0.55 else "black")
+    with atomic(path, "wb") as f:
+        image.save(f, "PNG")
+
+
+def format_matrix(A, names):
+    """The lower triangle as text, one row per learned task, at most 100 columns wide."""
+    A = np.asarray(A, float)
+    width = max(5, min(9, 86 // max(1, A.shape[1]) - 1))
+    lines = [" " * 13 + " ".join(f"{str(n)[:width]:>{width}}" for n in names[:A.shape[1]])]
+    for name, row in zip(names, A):
+        lines.append(f"{str(name)[:12]:<12} " + " ".join(
+            f"{'' if np.isnan(x) else f'{x:.1f}':>{width}}" for x in row).rstrip())
+    return "\n".join(lines)
+
+
+def environment():
+    """Versions, commit and hardware of this run: a flat dict of strings and numbers."""
+    import torch
+    import transformers
+    here = Path(__file__).resolve().parent
+    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except OSError:                                                  # no git on this machine
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__, "hardware": device,
+            "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def peak_memory_mb():
+    """Peak memory so far in MiB: of the GPU where there is one, else of this process."""
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2 ** 20 if sys.platform == "darwin" else 1024)
+    except ImportError:                                              # Windows has no resource module
+        return float("nan")
+
+
+class Run:
+    """One folder, one run: log.jsonl, checkpoint.pt, results.json, matrix.csv, matrix.png, prompts.safetensors.
+
+    args: a flat dict that decides the outcome.  resume=True needs the same args and continues; resume=False starts anew.
+    Raises InputError for a checkpoint of other arguments.
+    """
+
+    def __init__(self, folder, args, resume=False):
+        self.folder, self.args, self.start, self.before = Path(folder), dict(args), time.time(), 0.0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state = self._load() if resume else None
+        if self.state is None:
+            for name in ("checkpoint.pt", "log.jsonl", "results.json", "matrix.csv", "matrix.png", "prompts.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+        else:
+            self.before = self.state["minutes"]
+            lines = (self.folder / "log.jsonl").read_text().splitlines() if (self.folder / "log.jsonl").exists() else []
+            with atomic(self.folder / "log.jsonl") as f:             # drop the lines written after the last checkpoint
+                f.writelines(line + "\n" for line in lines[:self.state["log_lines"]])
+        self.lines = self.state["log_lines"] if self.state else 0
+
+    def _load(self):
+        import torch
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            old = state["args"]
+        except Exception as e:
+            raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or run without --resume")
+        wrong = sorted(k for k in {*old, *self.args} if old.get(k) != self.args.get(k))
+        if wrong:
+            k = wrong[0]
+            raise InputError(f"{path} was made with other arguments: {', '.join(wrong)} (--{k.replace('_', '-')} was "
+                             f"{old.get(k)!r}, now {self.args.get(k)!r}); use the same, another --out, or no --resume")
+        return state
+
+    @property
+    def minutes(self):
+        return self.before + (time.time() - self.start) / 60
+
+    def log(self, **row):
+        """Append one line to log.jsonl."""
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(jsonable(row)) + "\n")
+        self.lines += 1
+
+    def checkpoint(self, **state):
+        """Write checkpoint.pt atomically; tensors, numbers, strings, lists and dicts only (read with weights_only=True)."""
+        import torch
+        with atomic(self.folder / "checkpoint.pt", "wb") as f:
+            torch.save({**state, "args": self.args, "log_lines": self.lines, "minutes": self.minutes}, f)
+
+    def finish(self, A, names, metrics, prompts=None, title="", **more):
+        """Write results.json, matrix.csv and matrix.png, and prompts.safetensors if given.  Returns what results.json holds."""
+        A = np.asarray(A, float)
+        with atomic(self.folder / "matrix.csv") as f:
+            out = csv.writer(f)
+            out.writerow(["after"] + list(names))
+            out.writerows([name, *("" if np.isnan(x) else f"{x:.4f}" for x in row)] for name, row in zip(names, A))
+        heat_map(A, self.folder / "matrix.png", list(names), list(names), title)
+        if prompts:
+            from safetensors.torch import save                       # comes with transformers
+            with atomic(self.folder / "prompts.safetensors", "wb") as f:
+                f.write(save({k: v.detach().cpu().contiguous() for k, v in prompts.items()}))
+        results = jsonable({"metrics": metrics, "matrix": A, "tasks": list(names), "minutes": self.minutes,
+                            "peak_memory_mb": peak_memory_mb(), "args": self.args, **more, "environment": environment()})
+        with atomic(self.folder / "results.json") as f:
+            json.dump(results, f, indent=1)
+        return results
+
+
+def jsonable(x):
+    """x with arrays as lists and nan as None, so that any JSON reader takes it."""
+    if isinstance(x, dict):
+        return {str(k): jsonable(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [jsonable(v) for v in x]
+    if isinstance(x, (np.generic,)):
+        x = x.item()
+    if isinstance(x, Path):
+        return str(x)
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def run_cli(main):
+    """Run a script's main(): bad input, a full disk, no GPU memory or Ctrl-C end in one clear line and exit code 2 (130)."""
+    try:
+        main()
+    except InputError as e:
+        sys.exit(_say(f"error: {e}"))
+    except KeyboardInterrupt:
+        _say("stopped; --resume goes on from the last finished epoch")
+        sys.exit(130)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another --out; "
+                          "--resume goes on from the last finished epoch"))
+        raise
+    except RuntimeError as e:
+        if "out of memory" in str(e).lower():
+            sys.exit(_say("error: not enough memory on the device; use a smaller --batch (with --accum to keep its product), "
+                          "--dtype bf16, or --device cpu; --resume goes on from the last finished epoch"))
+        raise
+
+
+def _say(line):
+    print(line, file=sys.stderr)
+    return 2
