@@ -302,7 +302,8 @@ def draw_scene(scene):
         y, x = np.mgrid[:8, :8]
         dark = {"plain": y < 0, "striped": y % 2 == 1, "dotted": (y % 3 == 1) & (x % 3 == 1), "checked": (x + y) % 2 == 1}
         color = np.array(COLORS[thing["color"]])
-        tile = np.where(dark[thing["pattern"]][..., None], (color * 0.45 + 40).astype(int), color)
+        shade = (color * 0.4 + (80 if thing["color"] == "black" else 0)).astype(int)
+        tile = np.where(dark[thing["pattern"]][..., None], shade, color)
         side = 20 if thing["size"] == "small" else 30
         grow = np.arange(side) * 8 // side                           # nearest-neighbour enlargement
         x0, y0 = thing["corner"]
@@ -420,7 +421,7 @@ def region_pixels(image, boxes, jitter=None):
     W, H = image.size
     out = np.empty((len(boxes), REGION_PIXELS, REGION_PIXELS, 3), np.uint8)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        dx, dy = (jitter.uniform(-.015, .015), jitter.uniform(-.015, .015)) if jitter and x2 - x1 < 1 else (0, 0)
+        dx, dy = (jitter.uniform(-.006, .006), jitter.uniform(-.006, .006)) if jitter and x2 - x1 < 1 else (0, 0)
         box = ((x1 + dx) * W, (y1 + dy) * H, (x2 + dx) * W, (y2 + dy) * H)
         out[i] = np.asarray(image.resize((REGION_PIXELS, REGION_PIXELS), 2, [min(max(v, 0), m) for v, m in zip(box, (W, H, W, H))]))
     return out
