@@ -319,7 +319,7 @@ def random_scene(rng, name, crowd=True, alone=False):
     def thing(name, cell, size):
         side, (cx, cy) = 20 if size == "small" else 30, cell
         slack = 32 - side
-        return {"name": name, "corner": (cx * 32 + rng.randint(0, slack), cy * 32 + rng.randint(0, slack)), "size": size}
+        return {"name": name, "cell": next((k for k, c in CELLS.items() if c == cell), "corner"), "corner": (cx * 32 + rng.randint(0, slack), cy * 32 + rng.randint(0, slack)), "size": size}
 
     count = rng.randint(1, 4) if crowd else 1
     position = rng.choice(list(CELLS))
@@ -427,16 +427,21 @@ def region_pixels(image, boxes, jitter=None):
     return out
 
 
+def region_order(scene):
+    """Which thing each region shows: indices into scene["things"], shuffled; len(things) is the whole picture."""
+    n = len(scene["things"]) + 1
+    return random.Random(scene["noise"]).sample(range(n), n)
+
+
 def draw_scenes(scenes):
-    """Regions of many scenes: pixels (S,6,16,16,3) uint8, boxes (S,6,4), valid (S,6) bool.  Order of the objects shuffled."""
+    """Regions of many scenes: pixels (S,6,16,16,3) uint8, boxes (S,6,4), valid (S,6) bool, in region_order."""
     pixels = np.zeros((len(scenes), REGIONS, REGION_PIXELS, REGION_PIXELS, 3), np.uint8)
     boxes, valid = np.zeros((len(scenes), REGIONS, 4), np.float32), np.zeros((len(scenes), REGIONS), bool)
     for i, scene in enumerate(scenes):
         image, where = draw_scene(scene)
-        rng = random.Random(scene["noise"])
-        where = where[rng.sample(range(len(where)), len(where))]
+        where = where[region_order(scene)]
         n = len(where)
-        pixels[i, :n], boxes[i, :n], valid[i, :n] = region_pixels(image, where, rng), where, True
+        pixels[i, :n], boxes[i, :n], valid[i, :n] = region_pixels(image, where, random.Random(scene["noise"])), where, True
     return pixels, boxes, valid
 
 

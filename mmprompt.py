@@ -329,20 +329,22 @@ class VQABackbone(nn.Module):
         h, mask = torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)                        # (B,N,D) (B,N)
         # Position bias: T5's own between question tokens, zero wherever a visual or prompt token takes part.
         bias = stack.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=h.device)        # (1,H,Nq,Nq)
-        bias = F.pad(bias, (0, F_v.shape[1], 0, F_v.shape[1]))                                    # (1,H,N,N)
-        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)             # (B,H,N,N)
+        wider = lambda bias, n: F.pad(bias, (0, n, 0, n))
+        hide = lambda bias, mask: bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min).to(h.dtype)
+        bias = wider(bias, F_v.shape[1])                                                          # (1,H,N,N)
+        hidden_bias = hide(bias, mask)                                                            # (B,H,N,N)
         for i, block in enumerate(stack.block):
-            N = h.shape[1]
-            if i in place:                                           # append for this block...
-                P = place[i].shape[1]
-                h, wide = torch.cat([h, place[i].to(h.dtype)], 1), F.pad(bias, (0, P, 0, P))      # (B,N+P,D)
-                if method.keep:
-                    bias, mask = wide, F.pad(mask, (0, P), value=True)
+            if i not in place:
+                h = block(h, position_bias=hidden_bias)[0]
+                continue
+            N, P = h.shape[1], place[i].shape[1]                     # append for this block...
+            long_bias, long_mask = wider(bias, P), F.pad(mask, (0, P), value=True)
+            long_hidden = hide(long_bias, long_mask)                                              # (B,H,N+P,N+P)
+            h = block(torch.cat([h, place[i].to(h.dtype)], 1), position_bias=long_hidden)[0]      # (B,N+P,D)
+            if method.keep:
+                bias, mask, hidden_bias = long_bias, long_mask, long_hidden
             else:
-                wide = bias
-            h = block(h, position_bias=wide.to(h.dtype))[0]
-            if i in place and not method.keep:                       # ...and drop again after it
-                h = h[:, :N]
+                h = h[:, :N]                                         # ...and drop again after it
         return stack.final_layer_norm(h), mask, out                                               # dropout is off
 
     def loss(self, hidden, mask, answers):
@@ -475,6 +477,7 @@ def from_pretrained(cls, name, flag, **more):
 
 # ---- the small backbone: pre-trained here once, then kept
 MINI = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)       # 0.75 M parameters
+EYES = 5
 MINI_STEPS, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB = 3000, 128, 24_000, 3e-3, 512
 
 
@@ -513,7 +516,7 @@ def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu"):
                       tie_word_embeddings=True, **MINI)
     t5, visual = T5ForConditionalGeneration(config), VisualEmbedding(3 * data.REGION_PIXELS ** 2, MINI["d_model"])
     both = nn.ModuleDict({"t5": t5, "visual": visual})
-    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, 1])
+    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, EYES, 3])
     path = cache_file("mini-vqa-backbone", key, ".safetensors")
     if not path.exists():
         pretrain(both.to(device), steps, device)
@@ -530,13 +533,39 @@ def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu"):
 
 
 def pretrain(both, steps, device):
-    """Train t5 and the visual embedding together on statements with a gap."""
+    """First the eyes alone: a region's token is drawn to the embeddings of the words that describe it, as in contrastive
+    picture-text training.  Then everything together on statements with a gap."""
     scenes_n = min(MINI_SCENES, 12 * steps + 200)
     rng = random.Random("upstream")
     scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
               for i in range(scenes_n)]
-    pictures = world_regions(data.draw_scenes(scenes))
-    model = VQABackbone(both["t5"], mini_tokenizer(), both["visual"], pictures, max_question=16, max_answer=10)
+    pictures, tokenizer = world_regions(data.draw_scenes(scenes)), mini_tokenizer()
+    words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES, "size": data.SIZES,
+             "cell": list(data.CELLS)}
+    embedding = both["t5"].get_input_embeddings().weight.detach()
+    rows = {k: torch.stack([embedding[tokenizer(v, add_special_tokens=False)["input_ids"]].mean(0)
+                            for v in vs]) for k, vs in words.items()}                              # {attribute: (values,D)}
+    shown = []
+    for r, scene in enumerate(scenes):
+        for i, j in enumerate(data.region_order(scene)):
+            if j < len(scene["things"]):
+                thing = scene["things"][j]
+                shown.append((r, i, [vs.index(thing[k]) if thing.get(k) in vs else -1 for k, vs in words.items()]))
+    eyes, visual = max(EYES * steps, 2), both["visual"].requires_grad_(True)
+    optimizer = torch.optim.AdamW(visual.parameters(), 2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=eyes, pct_start=0.1)
+    for _ in tqdm(range(eyes), desc="eyes of the small backbone, once", leave=False, mininterval=5):
+        batch = rng.sample(shown, min(128, len(shown)))
+        features, boxes = zip(*[(f[i], b[i]) for f, b, i in ((*pictures(r), i) for r, i, _ in batch)])
+        x = visual(torch.stack(features).to(device), torch.stack(boxes).to(device))               # (B,D)
+        target = torch.tensor([t for *_, t in batch], device=device)                              # (B,6)
+        loss = sum(F.cross_entropy(x @ e.T.to(device) / MINI["d_model"] ** 0.5, target[:, i], ignore_index=-1)
+                   for i, e in enumerate(rows.values()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model = VQABackbone(both["t5"], tokenizer, both["visual"], pictures, max_question=16, max_answer=10)
     both.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(both.parameters(), MINI_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MINI_LR, total_steps=max(steps, 2), pct_start=0.1)
@@ -616,7 +645,7 @@ class CODAPrompt(nn.Module):
         self.layers, self.keep, self.weights, self.t, self.tasks = layers, False, {"ortho": ortho}, 0, tasks
         self.pools = nn.ModuleDict()
         for name, n in pool_sizes.items():
-            self.pools[name] = nn.ParameterDict({"prompts": torch.empty(n, length, d_model), "keys": torch.empty(n, d_model),
+            self.pools[name] = nn.ParameterDict({"prompts": torch.empty(n, length, d_model), "key": torch.empty(n, d_model),
                                                  "attend": torch.empty(n, d_model)})
             for p in self.pools[name].values():
                 nn.init.orthogonal_(p.data.view(n, -1))
@@ -628,10 +657,10 @@ class CODAPrompt(nn.Module):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
         p, penalty = {}, 0
         for name, pool in self.pools.items():
-            share = len(pool["keys"]) // self.tasks                  # components per task
+            share = len(pool["key"]) // self.tasks                  # components per task
             old, now = self.t * share, (self.t + 1) * share
             use = {k: torch.cat([x[:old].detach(), x[old:now]]) for k, x in pool.items()}
-            a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["keys"][None], dim=-1)          # (B,m)
+            a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)          # (B,m)
             p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                                         # (B,L,D)
             for x in use.values():
                 x = x.flatten(1)
