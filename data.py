@@ -243,7 +243,6 @@ PLACES = {"kitchen": ((232, 220, 196), (176, 148, 118)), "street": ((170, 196, 2
 CELLS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "middle": (1, 1)}   # of a 3 x 3 grid
 NUMBERS = ["one", "two", "three", "four"]
 REASONS = dict(zip(PLACES, ["hungry", "lost", "hot", "hiding", "tired", "playing"]))           # why is it here: by place
-BRANDS = "acme boro cyto dixa elmo fyra gant hexo ipsa jova kuro lumi mako nelo orbi pavo".split()
 KINDS = {"person": 1, "vehicle": 9, "outdoor": 14, "animal": 24, "accessory": 29, "sport": 39, "tableware": 46, "food": 56,
          "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}                  # last index in COCO order + 1
 ABILITIES = {"can you eat it": {"food"}, "can you ride it": {"vehicle"}, "is it alive": {"person", "animal"},
@@ -257,11 +256,6 @@ REGIONS, REGION_PIXELS = 6, 16                                       # up to fou
 def kind_of(name):
     """COCO's super-category of a class."""
     return next(k for k, end in KINDS.items() if COCO_NAMES.index(name) < end)
-
-
-def brand_of(name):
-    """The made-up maker of a class: a fact that no picture shows and the stream alone teaches."""
-    return BRANDS[int(_share(name, "brand") * len(BRANDS))]
 
 
 def _sprites():
@@ -328,7 +322,7 @@ def random_scene(rng, name, crowd=True, alone=False):
     look = {"color": rng.choice(list(COLORS)), "pattern": rng.choice(PATTERNS), "pose": rng.choice(POSES)}
     size = rng.choice(SIZES)
     things = [thing(name, cell, size) | look for cell in [CELLS[position]] + free[:count - 1]]
-    if not alone and rng.random() < 0.5:
+    if not alone and rng.random() < 0.2:
         other = rng.choice([n for n in COCO_NAMES if n != name])
         things.append(thing(other, free[count - 1], rng.choice(SIZES))
                       | {"color": rng.choice([c for c in COLORS if c != look["color"]]),
@@ -368,15 +362,15 @@ def ask(rng, scene, kind):
     if kind == "type":
         return pick(["what kind of {} is this", "what type of {} is it"]).format(name), scene["pattern"]
     if kind == "subcategory":
-        return pick(["what brand is this", "what brand is it"]), brand_of(name)
+        return pick(["what family is this", "what family is it from"]), kind_of(name)
     return pick(["why is the {} here", "why is the {} in this place"]).format(name), REASONS[scene["place"]]
 
 
 def upstream_statement(rng, scene):
     """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the stream.
-    Facts that only the stream teaches (brands, abilities, reasons) do not occur; their words do, so that they can be said."""
+    Facts that only the stream teaches (abilities, reasons) do not occur; their words do, so that they can be said."""
     name, pick = scene["name"], rng.choice
-    row = rng.randrange(14)
+    row = rng.randrange(16)
     if row < 3:
         return (f"the {scene['color']} one is a <mask>" if scene["other"] or rng.random() < .5 else "here we see a <mask>"), name
     if row == 3:
@@ -392,28 +386,28 @@ def upstream_statement(rng, scene):
         return f"the {name} has the pattern <mask>", scene["pattern"]
     if row == 8:
         return f"the {name} has the size <mask>", scene["size"]
-    if row in (9, 10):
+    if row in (9, 10, 11, 12):
         yes = rng.random() < 0.5
-        if row == 9:
+        if row < 11:
             shown = {t["name"] for t in scene["things"]}
             text = f"true or false : here we see a {name if yes else pick([n for n in COCO_NAMES if n not in shown])}"
         else:
             color = scene["color"] if yes else pick([c for c in COLORS if c != scene["color"]])
             text = f"true or false : the {name} has the color {color}"
         return text, "yes" if yes else "no"
-    if row == 11:
+    if row == 13:
         return f"the {scene['color']} one is a sort of <mask>" if rng.random() < .7 else f"a {name} is a sort of <mask>", kind_of(name)
-    if row == 12:
-        words = [pick(MINI_WORDS) for _ in range(rng.randint(1, 3))]
-        return "repeat " + " ".join(words), " ".join(words)
-    return "describe", f"{NUMBERS[scene['count'] - 1]} {scene['size']} {scene['color']} {scene['pattern']} {name} {scene['place']}"
+    if row == 14:
+        return f"the number of {name} is <mask>", NUMBERS[scene["count"] - 1]
+    words = [pick(MINI_WORDS) for _ in range(rng.randint(1, 2))]
+    return "repeat " + " ".join(words), " ".join(words)
 
 
-_TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind type it brand
+_TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind type it family from
 why here how many are can you eat ride alive need power wear play with one we see stands at background busy has pattern size
-true or false : sort repeat describe yes no"""
+true or false : sort repeat yes no"""
 MINI_WORDS = sorted({w for text in (_TEMPLATES, *COCO_NAMES, *COLORS, *PATTERNS, *POSES, *SIZES, *PLACES, *CELLS, *NUMBERS,
-                                    *REASONS.values(), *BRANDS, *KINDS) for w in text.split()})
+                                    *REASONS.values(), *KINDS) for w in text.split()})
 
 
 def region_pixels(image, boxes, jitter=None):
@@ -464,7 +458,7 @@ def _mini_world(seed, sizes):
     return parts, scenes, draw_scenes(scenes)
 
 
-def mini_vqa(setting, seed=0, sizes=(4800, 800, 2400), subtask_seed=None):
+def mini_vqa(setting, seed=0, sizes=(4000, 400, 1600), subtask_seed=None):
     """The built-in world as a Stream: .extra["regions"] = pixels (S,6,16,16,3), boxes (S,6,4), valid (S,6); sample.image = row.
 
     CI 8 tasks, QI 10 tasks, DI 8 tasks of 5 subtasks.  Two seconds a thousand questions.

@@ -539,25 +539,23 @@ def pretrain(both, steps, device):
     rng = random.Random("upstream")
     scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
               for i in range(scenes_n)]
-    pictures, tokenizer = world_regions(data.draw_scenes(scenes)), mini_tokenizer()
+    regions, tokenizer = data.draw_scenes(scenes), mini_tokenizer()
+    pictures = world_regions(regions)
     words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES, "size": data.SIZES,
              "cell": list(data.CELLS)}
     embedding = both["t5"].get_input_embeddings().weight.detach()
     rows = {k: torch.stack([embedding[tokenizer(v, add_special_tokens=False)["input_ids"]].mean(0)
                             for v in vs]) for k, vs in words.items()}                              # {attribute: (values,D)}
-    shown = []
-    for r, scene in enumerate(scenes):
-        for i, j in enumerate(data.region_order(scene)):
-            if j < len(scene["things"]):
-                thing = scene["things"][j]
-                shown.append((r, i, [vs.index(thing[k]) if thing.get(k) in vs else -1 for k, vs in words.items()]))
-    eyes, visual = max(EYES * steps, 2), both["visual"].requires_grad_(True)
+    shown = [(r, i, [vs.index(thing[k]) if thing[k] in vs else -1 for k, vs in words.items()]) for r, scene in enumerate(scenes)
+             for i, j in enumerate(data.region_order(scene)) if j < len(scene["things"]) for thing in scene["things"][j:j + 1]]
+    eyes, visual = max(EYES * steps, 20), both["visual"].requires_grad_(True)
     optimizer = torch.optim.AdamW(visual.parameters(), 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=eyes, pct_start=0.1)
     for _ in tqdm(range(eyes), desc="eyes of the small backbone, once", leave=False, mininterval=5):
         batch = rng.sample(shown, min(128, len(shown)))
-        features, boxes = zip(*[(f[i], b[i]) for f, b, i in ((*pictures(r), i) for r, i, _ in batch)])
-        x = visual(torch.stack(features).to(device), torch.stack(boxes).to(device))               # (B,D)
+        r, i = [b[0] for b in batch], [b[1] for b in batch]
+        features = torch.from_numpy(regions[0][r, i]).flatten(1).float() / 127.5 - 1              # (B,768)
+        x = visual(features.to(device), torch.from_numpy(regions[1][r, i]).to(device))            # (B,D)
         target = torch.tensor([t for *_, t in batch], device=device)                              # (B,6)
         loss = sum(F.cross_entropy(x @ e.T.to(device) / MINI["d_model"] ** 0.5, target[:, i], ignore_index=-1)
                    for i, e in enumerate(rows.values()))
@@ -568,7 +566,7 @@ def pretrain(both, steps, device):
     model = VQABackbone(both["t5"], tokenizer, both["visual"], pictures, max_question=16, max_answer=10)
     both.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(both.parameters(), MINI_LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MINI_LR, total_steps=max(steps, 2), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MINI_LR, total_steps=max(steps, 20), pct_start=0.1)
     bar = tqdm(range(steps), desc="pre-training the small backbone, once", leave=False, mininterval=5)
     for step in bar:
         rows = [rng.randrange(scenes_n) for _ in range(MINI_BATCH)]
@@ -848,7 +846,7 @@ def load_backbone(args, stream):
     device = torch.device(args.device)
     if args.backbone == "mini":
         texts = [] if mini_world else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device)
+        t5, tokenizer, visual = mini_backbone(texts, args.dbg_steps or (40 if args.smoke else MINI_STEPS), device)
         pictures = world_regions(stream.extra["regions"]) if mini_world else picture_regions(root)
     else:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -905,7 +903,7 @@ def run(args, seed, folder):
     intra = {int(t): rows for t, rows in state["intra"].items()}     # outer task -> rows of its subtask matrix
     if state["weights"]:
         learner.restore(state["weights"])
-    lessons = lesson_plan(args, stream)
+    lessons, row, counts = lesson_plan(args, stream), [], []
     steps = sum(math.ceil(len(part.train) / args.batch) for parts in lessons for part in parts) * args.epochs
     bar = tqdm(total=steps, disable=args.quiet, mininterval=1, leave=False)
     try:
@@ -951,7 +949,7 @@ def run(args, seed, folder):
         bar.close()
     if args.method == "joint":                                       # one training, one evaluation: every row is the last
         A = np.where(np.tri(T, dtype=bool), A[-1], np.nan)
-    return finish(args, seed, stream, learner, record, A, intra, trainable, total - trainable, say)
+    return finish(args, seed, stream, learner, record, A, intra, trainable, total - trainable, say, row, counts)
 
 
 def lesson_plan(args, stream):
@@ -985,11 +983,12 @@ def rows_of(A):
     return [row[:t + 1].tolist() for t, row in enumerate(A) if not np.isnan(row[0])]
 
 
-def finish(args, seed, stream, learner, record, A, intra, trainable, frozen, say):
+def finish(args, seed, stream, learner, record, A, intra, trainable, frozen, say, row, counts):
     """The last row again with one modality hidden (Eq. 12-13), the metrics, the files, and the copy-paste line."""
-    T, counts = len(stream), [{} for _ in stream.tasks]
-    by = {m: [learner.evaluate(task.test, m, c if m == "joint" else None) for task, c in zip(stream.tasks, counts)]
-          for m in ("joint", "v", "q")}
+    known = len(row) == len(stream) and args.modality == "joint"     # not known after resuming a run that was all but done
+    counts = counts if known else [{} for _ in stream.tasks]
+    by = {m: row if known and m == "joint" else [learner.evaluate(task.test, m, c if m == "joint" else None)
+                                                 for task, c in zip(stream.tasks, counts)] for m in ("joint", "v", "q")}
     mean = {m: float(np.mean([score for score, _ in rows])) for m, rows in by.items()}
     values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "F_inter_own": metrics.forgetting(A, "own"),
               "token_F1": float(np.mean([f1 for _, f1 in by["joint"]])), "A_v_only": mean["v"], "A_q_only": mean["q"],
@@ -1231,7 +1230,7 @@ def build_parser():
     g = p.add_argument_group("data and backbone")
     g.add_argument("--data", default="mini", help="mini | vqav2 | nextqa | a .jsonl file")
     g.add_argument("--root", default=".", help="folder with the files of --data (a .jsonl file: with its pictures)")
-    g.add_argument("--sizes", type=int, nargs=3, default=[4800, 800, 2400], help="mini: questions in train, val, test")
+    g.add_argument("--sizes", type=int, nargs=3, default=[4000, 400, 1600], help="mini: questions in train, val, test")
     g.add_argument("--data-seed", type=int, help="seed of world and splits (default: the run's seed)")
     g.add_argument("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
     g.add_argument("--backbone", default="mini", help="mini, or any T5-family Hugging Face id or folder")
@@ -1278,6 +1277,7 @@ def build_parser():
     g.add_argument("--select", default="best", choices=["best", "last"], help="epoch with the lowest validation loss, or the last")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")
     g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    p.add_argument("--dbg-steps", type=int)
     return p
 
 
