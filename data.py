@@ -368,7 +368,7 @@ def ask(rng, scene, kind):
 
 def upstream_statement(rng, scene):
     """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the stream.
-    Facts that only the stream teaches (abilities, reasons) do not occur; their words do, so that they can be said."""
+    The reasons of `causal` are facts that only the stream teaches; their words do occur, so that they can be said."""
     name, pick = scene["name"], rng.choice
     row = rng.randrange(16)
     if row < 3:
@@ -397,7 +397,13 @@ def upstream_statement(rng, scene):
         return text, "yes" if yes else "no"
     if row == 13:
         return f"the {scene['color']} one is a sort of <mask>" if rng.random() < .7 else f"a {name} is a sort of <mask>", kind_of(name)
-    if row == 14:
+    if row == 14:                                                    # what a language model knows of the world, as words
+        question = pick([q for q, kinds in ABILITIES.items() if kind_of(name) in kinds] * (rng.random() < .5) or list(ABILITIES))
+        yes = kind_of(name) in ABILITIES[question]
+        fact = " ".join(w for w in question.split() if w not in ("can", "is", "does", "it", "with"))
+        about = f"the {scene['color']} one" if scene["other"] is None and rng.random() < .6 else f"a {name}"
+        return f"true or false : {about} is to {fact}", "yes" if yes else "no"
+    if row == 15 and rng.random() < .4:
         return f"the number of {name} is <mask>", NUMBERS[scene["count"] - 1]
     words = [pick(MINI_WORDS) for _ in range(rng.randint(1, 2))]
     return "repeat " + " ".join(words), " ".join(words)
@@ -405,7 +411,7 @@ def upstream_statement(rng, scene):
 
 _TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind type it family from
 why here how many are can you eat ride alive need power wear play with one we see stands at background busy has pattern size
-true or false : sort repeat yes no"""
+true or false : sort repeat yes no to"""
 MINI_WORDS = sorted({w for text in (_TEMPLATES, *COCO_NAMES, *COLORS, *PATTERNS, *POSES, *SIZES, *PLACES, *CELLS, *NUMBERS,
                                     *REASONS.values(), *KINDS) for w in text.split()})
 
@@ -458,7 +464,7 @@ def _mini_world(seed, sizes):
     return parts, scenes, draw_scenes(scenes)
 
 
-def mini_vqa(setting, seed=0, sizes=(4000, 400, 1600), subtask_seed=None):
+def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
     """The built-in world as a Stream: .extra["regions"] = pixels (S,6,16,16,3), boxes (S,6,4), valid (S,6); sample.image = row.
 
     CI 8 tasks, QI 10 tasks, DI 8 tasks of 5 subtasks.  Two seconds a thousand questions.
