@@ -20,7 +20,7 @@ import json
 import math
 import os
 import random
-import sys
+import re
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -834,7 +834,7 @@ def load_backbone(args, stream):
     device = torch.device(args.device)
     if args.backbone == "mini":
         texts = [] if mini_world else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        t5, tokenizer, visual = mini_backbone(texts, args.dbg_steps or (40 if args.smoke else MINI_STEPS), device)
+        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device)
         pictures = world_regions(stream.extra["regions"]) if mini_world else picture_regions(root)
     else:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -1049,43 +1049,47 @@ TABLES = {
 }
 
 
-def table(args, parser):
-    """Run every row and seed of a table that has no result file yet, then print ours beside the paper's.  Continue by calling again;
-    several processes may share one --out with different --seeds."""
+def table(args):
+    """Run every row and seed of a table that has no result yet, then print ours beside the paper's.  Call again to continue, from the
+    run folders or from table.json alone; several processes may share one --out with different --seeds."""
     out = Path(args.out)
-    rows = [r for r in TABLES[args.table] if not args.rows or any(w in r[0] for w in args.rows)]
+    rows = [r for r in TABLES[args.table] if not args.rows or r[0] in args.rows]
+    if not rows:
+        raise InputError(f"--rows names none of: {', '.join(r[0] for r in TABLES[args.table])}")
+    kept = {(r["row"], r["seed"]): r for r in (data._read_json(out / "table.json")["runs"] if (out / "table.json").exists() else [])}
+    folder = lambda label, seed: out / re.sub(r"[^\w.-]+", "_", label) / f"seed{seed}"
     for seed in args.seeds:
         for label, flags, _ in rows:
-            folder = out / label.replace(" ", "_").replace(",", "") / f"seed{seed}"
-            if (folder / "results.json").exists():
+            if (label, seed) in kept or (folder(label, seed) / "results.json").exists():
                 continue
             one = argparse.Namespace(**{**vars(args), "resume": True, "quiet": True})
             for k, v in {**method_defaults(flags.get("method", one.method)), **flags}.items():
                 if k in flags or getattr(args, k) is None:
                     setattr(one, k, v)
-            result = run(one, seed, folder)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)       # the result is there: no need to resume
+            result = run(one, seed, folder(label, seed))
+            (folder(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
             tqdm.write(f"{label} seed {seed}: A {result['metrics']['A']:.2f} F {result['metrics']['F_inter']:.2f} "
                        f"{result['minutes']:.1f} min")
-    lines, kept = ["| row | seeds | A | F_inter | F_intra | paper A / F_inter | min |", "|---|---|---|---|---|---|---|"], []
-    for label, flags, paper in TABLES[args.table]:
-        files = sorted((out / label.replace(" ", "_").replace(",", "")).glob("seed*/results.json"))
-        results = [json.loads(f.read_text()) for f in files]
-        if not results:
-            lines.append(f"| {label} | 0 | not run | not run | | {paper or ''} | |")
-            continue
-        cell = lambda k: "{:.2f} ± {:.2f}".format(*metrics.mean_std([r["metrics"][k] for r in results])) if k in results[0]["metrics"] else ""
-        lines.append(f"| {label} | {len(results)} | {cell('A')} | {cell('F_inter')} | {cell('F_intra')} | "
-                     f"{'{} / {}'.format(*paper) if paper else ''} | {np.mean([r['minutes'] for r in results]):.1f} |")
-        kept += [{"row": label, "seed": r["args"]["seed"], "metrics": r["metrics"], "matrix": r["matrix"], "minutes": r["minutes"],
-                  "flags": flags, "commit": r["environment"]["commit"]} for r in results]
-    if kept:
-        lines += ["", f"{kept[0]['commit']}, {results[0]['environment']['hardware'] if results else ''}; mean ± standard deviation over seeds, "
-                  "built-in world."] + compare(kept)
+    for label, flags, _ in TABLES[args.table]:
+        for file in sorted(folder(label, 0).parent.glob("seed*/results.json")):
+            r = json.loads(file.read_text())
+            kept[label, r["args"]["seed"]] = {"row": label, "seed": r["args"]["seed"], "metrics": r["metrics"], "matrix": r["matrix"],
+                                              "minutes": r["minutes"], "flags": flags, "commit": r["environment"]["commit"],
+                                              "hardware": r["environment"]["hardware"]}
+    lines = ["| row | seeds | A | F_inter | F_intra | merge effectiveness | paper A / F_inter | min |", "|---|---|---|---|---|---|---|---|"]
+    for label, _, paper in TABLES[args.table]:
+        runs, paper = [r for (name, _), r in sorted(kept.items()) if name == label], f"{paper[0]} / {paper[1]}" if paper else ""
+        cell = lambda k: "{:.2f} ± {:.2f}".format(*metrics.mean_std([r["metrics"][k] for r in runs])) if k in runs[0]["metrics"] else ""
+        lines.append(f"| {label} | {len(runs)} | {cell('A')} | {cell('F_inter')} | {cell('F_intra')} | {cell('merge_effectiveness')} | "
+                     f"{paper} | {np.mean([r['minutes'] for r in runs]):.1f} |" if runs else
+                     f"| {label} | 0 | not run | not run | | | {paper} | |")
+    runs = [kept[k] for k in sorted(kept)]
+    lines += ["", f"Mean ± standard deviation over seeds; commits {', '.join(sorted({r['commit'] for r in runs}))}; "
+              f"{', '.join(sorted({r['hardware'] for r in runs}))}."] + compare(runs)
     with metrics.atomic(out / "table.md") as f:
         f.write("\n".join(lines) + "\n")
     with metrics.atomic(out / "table.json") as f:
-        json.dump({"table": args.table, "runs": kept}, f)
+        json.dump({"table": args.table, "runs": runs}, f)
     print("\n".join(lines))
 
 
@@ -1168,6 +1172,7 @@ def bench(args):
     return rows
 
 
+@torch.no_grad()
 def looped_pool(pool, q):
     """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests compare with."""
     out = []
@@ -1194,9 +1199,10 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
 
 
 def method_defaults(method):
-    """Learning rates and epochs per method, each chosen with the same small search on seeds that are not reported (README)."""
-    full = method in ("finetune", "joint")
-    return {"lr": 5e-3, "lr_attention": 5e-4, "lr_backbone": 3e-4 if method == "joint" else 5e-4 if full else 1e-4, "epochs": 12 if method == "joint" else 2}
+    """Learning rates and epochs per method, each chosen with the same small search on a seed that is not reported (README)."""
+    lr = {"coda": 5e-3}.get(method, 2e-3)
+    return {"lr": lr, "lr_attention": lr / 10, "lr_backbone": {"joint": 3e-4, "finetune": 5e-4}.get(method, 1e-4),
+            "epochs": 12 if method == "joint" else 2}
 
 
 def build_parser():
@@ -1209,7 +1215,7 @@ def build_parser():
     g.add_argument("--seeds", type=int, nargs="+", default=[0])
     g.add_argument("--order", type=int, nargs="+", help="a permutation of the tasks 0..T-1")
     g.add_argument("--table", choices=list(TABLES), help="run a table or figure of the paper on the built-in world, or its bounds")
-    g.add_argument("--rows", nargs="+", help="with --table: only rows whose label contains one of these")
+    g.add_argument("--rows", nargs="+", help="with --table: only these rows, by label")
     g.add_argument("--bench", action="store_true", help="time, memory and parameters at T5-base shapes")
     g.add_argument("--smoke", action="store_true", help="everything tiny: does it run?")
     g.add_argument("--out", help="run folder (default runs/mmprompt_<setting>_<method>, for tables runs/mmprompt_table<N>)")
@@ -1254,18 +1260,17 @@ def build_parser():
     g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="what it sees in training (blind bounds)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, help="per task, or per subtask in DI (default 2; joint 12)")
-    g.add_argument("--batch", type=int, default=50)
+    g.add_argument("--batch", type=int, default=25)
     g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--eval-batch", type=int, default=200)
-    g.add_argument("--lr", type=float, help="of prompts and keys (default 5e-3)")
-    g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default 5e-4)")
+    g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3, coda 5e-3)")
+    g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr's)")
     g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 3e-4 joint, 5e-4 finetune, else 1e-4)")
     g.add_argument("--weight-decay", type=float, default=0.01)
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--select", default="best", choices=["best", "last"], help="epoch with the best validation score (the later of equals), or the last")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")
     g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    p.add_argument("--dbg-steps", type=int)
     return p
 
 
@@ -1280,7 +1285,7 @@ def main():
         return bench(args)
     args.out = args.out or (f"runs/mmprompt_table{args.table}" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
     if args.table:
-        return table(args, parser)
+        return table(args)
     for k, v in method_defaults(args.method).items():
         setattr(args, k, getattr(args, k) if getattr(args, k) is not None else v)
     results, start = [], time.time()
