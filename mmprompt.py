@@ -1200,7 +1200,7 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
 
 def method_defaults(method):
     """Learning rates and epochs per method, each chosen with the same small search on a seed that is not reported (README)."""
-    lr = {"coda": 5e-3}.get(method, 2e-3)
+    lr = {"coda": 1.5e-2}.get(method, 2e-3)
     return {"lr": lr, "lr_attention": lr / 10, "lr_backbone": {"joint": 3e-4, "finetune": 5e-4}.get(method, 1e-4),
             "epochs": 12 if method == "joint" else 2}
 
@@ -1263,7 +1263,7 @@ def build_parser():
     g.add_argument("--batch", type=int, default=25)
     g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--eval-batch", type=int, default=200)
-    g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3, coda 5e-3)")
+    g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3, coda 1.5e-2)")
     g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr's)")
     g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 3e-4 joint, 5e-4 finetune, else 1e-4)")
     g.add_argument("--weight-decay", type=float, default=0.01)
