@@ -722,7 +722,7 @@ class Learner:
         elif self.args.train_decoder:
             self.model.t5.decoder.requires_grad_(True)
             self.model.t5.get_input_embeddings().requires_grad_(False)   # shared with the frozen encoder
-        if self.vision == "always" or (self.vision == "first" and t == 0):
+        if self.args.method != "none" and (self.vision == "always" or self.vision == "first" and t == 0):
             self.model.visual.requires_grad_(True)
         if hasattr(self.method, "begin_task"):
             self.method.begin_task(t)
@@ -731,8 +731,10 @@ class Learner:
         for name, p in self.trainable().items():
             kind = "pools" if "pools." in name else "attention" if name.startswith(("method.", "model.visual.")) else "backbone"
             groups["backbone" if self.full else kind].append(p)
-        groups = [{"params": ps, "lr": rates[k]} for k, ps in groups.items() if ps]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay) if groups else None
+        # No decay on prompts and keys: it would shrink those that this task never touches.
+        groups = [{"params": ps, "lr": rates[k], "weight_decay": 0.0 if k == "pools" else self.args.weight_decay}
+                  for k, ps in groups.items() if ps]
+        self.optimizer = torch.optim.AdamW(groups) if groups else None
 
     def trainable(self):
         """{name: parameter} of everything that learns now."""
@@ -900,7 +902,7 @@ def run(args, seed, folder):
                 bar.update(sum(math.ceil(len(p.train) / args.batch) for p in parts) * args.epochs)
                 continue
             memory = buffer(args.memory, stream.tasks[:t], seed)
-            learner.begin(t)
+            learner.begin(t)                                         # also where every subtask was done before a kill
             for s, part in enumerate(parts):
                 resumed = t == state["t"] and s == state["s"]
                 if t == state["t"] and s < state["s"]:
@@ -1266,7 +1268,7 @@ def build_parser():
     g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3, coda 1.5e-2)")
     g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr's)")
     g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 3e-4 joint, 5e-4 finetune, else 1e-4)")
-    g.add_argument("--weight-decay", type=float, default=0.01)
+    g.add_argument("--weight-decay", type=float, default=0.01, help="of attention modules and backbone; prompts and keys have none")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--select", default="best", choices=["best", "last"], help="epoch with the best validation score (the later of equals), or the last")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")

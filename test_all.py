@@ -468,6 +468,22 @@ def test_coda_old_components_freeze_and_future_ones_wait():
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name, pool, rows", [("coda", "pools.QG.prompts", slice(2, 4)), ("dualprompt", "pools.QE", slice(1, 2))])
+def test_what_a_task_does_not_own_stays_bit_identical(name, pool, rows):
+    """Also under weight decay and Adam: only the rows of the current task move."""
+    torch.manual_seed(0)
+    args = arguments(name, pool_sizes=[6, 6, 6, 6], weight_decay=0.5)
+    method = mmprompt.build_method(args, 16, 3)
+    learner = mmprompt.Learner(args, tiny_model(), method)
+    learner.begin(1)
+    start = dict(method.named_parameters())[pool].detach().clone()
+    learner.epoch(asked(12), [], "0", "here", Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None))
+    moved = (dict(method.named_parameters())[pool] != start).flatten(1).any(1)
+    want = torch.zeros_like(moved)
+    want[rows] = True
+    assert torch.equal(moved, want)
+
+
 def test_dualprompt_trains_its_task_and_finds_it_by_key():
     torch.manual_seed(0)
     method = mmprompt.build_method(arguments("dualprompt"), 16, 4)
