@@ -833,6 +833,26 @@ def test_same_seed_same_matrix_and_resume_after_a_kill_at_any_epoch(tmp_path, mo
     assert lines == sorted(lines) and len(lines) == len({tuple(x) for x in lines})               # nothing twice, nothing lost
 
 
+def test_accumulation_is_one_large_batch_and_bf16_runs(tmp_path, monkeypatch):
+    samples, bar = asked(8), Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
+    ends = []
+    for batch, accum in ((8, 1), (4, 2)):
+        torch.manual_seed(0)
+        args = arguments("finetune", batch=batch, accum=accum)
+        args.clip = 1e9
+        learner = mmprompt.Learner(args, tiny_model(), None)
+        learner.begin(0)
+        monkeypatch.setattr(learner, "optimizer", torch.optim.SGD(learner.model.t5.parameters(), 0.1))
+        # answers of one token and </s>, so that a mean over tokens is a mean over samples
+        for s in samples:
+            s.answers = ("red",)
+        learner.epoch(samples, [], "0", "here", bar)
+        ends.append(learner.model.t5.encoder.block[3].layer[1].DenseReluDense.wo.weight.detach().clone())
+    torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-4)
+    result = mmprompt.run(short(monkeypatch, setting="CI", dtype="bf16"), 0, tmp_path)
+    assert math.isfinite(result["metrics"]["A"])
+
+
 def test_checkpoint_of_other_arguments_is_refused(tmp_path, monkeypatch):
     args = short(monkeypatch, setting="CI")
     mmprompt.run(args, 0, tmp_path)
