@@ -157,6 +157,40 @@ def token_f1(prediction, answer):
     return 2 * sum((guess & truth).values()) / (guess.total() + truth.total())
 
 
+# -------------------------------------------------------------------------------- sentiment and emotion (missing_prompt.py)
+
+
+def affect_scores(output, label, scoring="mosi"):
+    """Scores of outputs (n,C) against labels (n,): a dict of floats, "accuracy" in points first.
+
+    "mosi"     Acc-2: sign of the score, neutral labels (0) left out        "sims"   the same with zeros kept, as negative
+    "classes"  accuracy of the argmax over C classes
+    With a score also f1 (weighted over the two signs, points), mae, and corr (Pearson; nan where the outputs are constant).
+    """
+    output, label = np.asarray(output, float), np.asarray(label)
+    if scoring == "classes":
+        guess, truth = output.argmax(-1), label
+    else:
+        value = output[:, 0]
+        used = label != 0 if scoring == "mosi" else np.ones(len(label), bool)
+        guess, truth = value[used] > 0, label[used] > 0
+    scores = {"accuracy": float(100 * np.mean(guess == truth)), "f1": weighted_f1(guess, truth)}
+    if scoring != "classes":
+        constant = value.std() == 0 or label.std() == 0
+        scores |= {"mae": float(np.abs(value - label).mean()),
+                   "corr": math.nan if constant else float(np.corrcoef(value, label)[0, 1])}
+    return scores
+
+
+def weighted_f1(guess, truth):
+    """F1 of every class weighted by how often it is true, in points."""
+    total = 0.0
+    for c in np.unique(truth):
+        hit = np.sum((guess == c) & (truth == c))
+        total += np.mean(truth == c) * 2 * hit / (np.sum(guess == c) + np.sum(truth == c))
+    return float(100 * total)
+
+
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
