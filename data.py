@@ -86,7 +86,8 @@ MINI_AFFECT = {"version": 0, "lengths": {"audio": 4, "video": 4, "text": 6}, "di
                "noise": {"audio": 0.9, "video": 0.6, "text": 0.6},   # of the evidence, in units of sentiment (-3..3)
                "relation": 0.5,      # correlation of audio's and text's evidence noise
                "habit": 1.5,         # spread of the speaker's habitual loudness and smile, in voice and face alike
-               "video_signal": 0.5,  # how much of the sentiment the face shows
+               "audio_signal": 1.5, "text_habit": 0.0,
+         "video_signal": 0.5,  # how much of the sentiment the face shows
                "token": 1.0}         # noise on every coordinate of every step
 
 
@@ -107,8 +108,8 @@ def _mini_affect(n, rng, world, classes=0):
     u = rng.standard_normal((3, n))
     rho, noise = world["relation"], world["noise"]
     audio_noise = rho * u[0] + np.sqrt(1 - rho ** 2) * u[1]
-    evidence = {"audio": s + b + noise["audio"] * audio_noise, "video": world["video_signal"] * s + b + noise["video"] * u[2],
-                "text": s + noise["text"] * u[0]}
+    evidence = {"audio": world["audio_signal"] * s + b + noise["audio"] * audio_noise, "video": world["video_signal"] * s + b + noise["video"] * u[2],
+                "text": s + world["text_habit"] * b + noise["text"] * u[0]}
     features = {}
     for m in MODALITIES:
         length, dim = world["lengths"][m], world["dims"][m]
@@ -126,17 +127,20 @@ def _mini_affect(n, rng, world, classes=0):
 def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0, max_length=50, world=None):
     """The stream of the missing-modality paper: one task per pattern of available modalities, in the order given.
 
-    source     "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
-    patterns   sequence of frozensets over MODALITIES, Table 1
-    samples    "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
+    source      "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
+    patterns    sequence of frozensets over MODALITIES, Table 1        root   folder (or file) of the real data
+    samples     "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
+    fold        of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0       seed   mini: which utterances
+    max_length  longer sequences are averaged over that many equal windows        world   changes to MINI_AFFECT
     Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the number of
-    classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities, version.
+    classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities, version, features, label.
+    Raises InputError for a name that is not known, a missing or malformed file.
     """
     if samples not in ("shared", "disjoint"):
         raise InputError(f"--samples is shared or disjoint, not {samples!r}")
-    notes, world = [], {**MINI_AFFECT, **(world or {})}
+    notes = []
     if source in ("mini", "mini4"):
-        classes = 4 if source == "mini4" else 0
+        world, classes = {**MINI_AFFECT, **(world or {})}, 4 if source == "mini4" else 0
         sizes = [world[k] for k in ("upstream", "upstream_val", "train", "val", "test")]
         up, up_label = _mini_affect(sum(sizes[:2]), np.random.default_rng(1), world, classes)
         own, own_label = _mini_affect(sum(sizes[2:]), np.random.default_rng(1000 + seed), world, classes)
@@ -145,7 +149,18 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
         up_train, up_val, *splits = np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
         scoring, version = ("classes" if classes else "mosi"), f"mini-affect {world['version']}"
     else:
-        raise InputError(f"--data {source!r}")
+        if str(source).endswith(".npz"):
+            raw, scoring = _read_npz(Path(root or "", source), fold), None
+        elif source in _READERS:
+            if not root:
+                raise InputError(f"--data {source} needs --root, the folder with {_READERS[source][1]}")
+            raw, scoring = _READERS[source][0](Path(root), source, fold), {"sims": "sims"}.get(source)
+        else:
+            raise InputError(f"--data is mini, mini4, {', '.join(_READERS)} or a path to <file>.npz, not {source!r}")
+        features, label, splits = _join(raw, max_length, notes)
+        up_train, up_val = splits[:2]                                # real data: no utterances besides the stream's
+        scoring = scoring or ("classes" if label.dtype.kind in "iu" else "mosi")
+        version = Path(source).name
     extra = {"dims": {m: x.shape[2] for m, x in features.items()}, "lengths": {m: x.shape[1] for m, x in features.items()},
              "outputs": int(label.max()) + 1 if scoring == "classes" else 1, "scoring": scoring, "version": version,
              "features": features, "label": label,
@@ -155,7 +170,187 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
              for k, rows in enumerate(splits)]                       # test: always everybody, masked with each pattern
     tasks = [Task(pattern_name(p), *(Utterances(features, label, parts[k][t], frozenset(p)) for k in range(3)))
              for t, p in enumerate(patterns)]
+    empty = [f"{t.name} has no {k} utterances" for t in tasks for k in ("train", "val", "test") if not len(getattr(t, k))]
+    if empty:
+        raise InputError(f"--data {source}: task {empty[0]}; use more data or --samples shared")
     return Stream(tasks, notes, extra)
+
+
+def _join(raw, max_length, notes):
+    """{split: {"audio", "video", "text", "label", "where"}} -> features, label, [rows of train, val, test]."""
+    features, first = {}, raw["train"]
+    for m in MODALITIES:
+        parts = []
+        for split, part in raw.items():
+            x, where = np.asarray(part[m]), part["where"]
+            if x.dtype.kind not in "fiu" or x.ndim not in (2, 3):
+                raise InputError(f"{where}: {m} of {split} has type {x.dtype} and shape {x.shape}, expected numbers (N,n,d)")
+            x = x[:, None] if x.ndim == 2 else x
+            if len(x) != len(part["label"]):
+                raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, one per label")
+            expected = np.shape(first[m])[-1]
+            if x.shape[2] != expected:
+                raise InputError(f"{where}: {m} of {split} has dimension {x.shape[2]}, expected {expected} as in train")
+            x = x.astype(np.float32)
+            bad = ~np.isfinite(x)
+            if bad.any():
+                notes.append(f"warning: {where}: {m} of {split} has {int(bad.sum())} values -inf or NaN; set to 0")
+                x = np.where(bad, np.float32(0), x)
+            parts.append(windows(x, max_length))
+        longest = max(x.shape[1] for x in parts)
+        features[m] = np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in parts])
+    label = np.concatenate([np.asarray(part["label"]) for part in raw.values()])
+    if label.dtype.kind == "f" and not np.isfinite(label).all():
+        raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; remove those rows")
+    label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
+    sizes = [len(part["label"]) for part in raw.values()]
+    return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
+
+
+def windows(x, n):
+    """(N,length,d) -> at most n steps: the mean of each of n nearly equal windows; shorter sequences stay as they are."""
+    length = x.shape[1]
+    if length <= n:
+        return x
+    edges = np.linspace(0, length, n + 1).astype(int)
+    return np.add.reduceat(x, edges[:-1], axis=1) / np.diff(edges)[:, None].astype(np.float32)
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Admits numpy arrays, numbers, strings and builtin containers.  Everything else a pickle could call is refused."""
+    _core = getattr(np, "_core", None) or np.core                    # NumPy 2 renamed numpy.core
+    _allowed = {("collections", "OrderedDict"): dict, ("_codecs", "encode"): lambda text, codec: text.encode(codec),
+                ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    for _name in ("numpy.core", "numpy._core"):
+        _allowed[_name + ".multiarray", "_reconstruct"] = _core.multiarray._reconstruct
+        _allowed[_name + ".multiarray", "scalar"] = _core.multiarray.scalar
+        _allowed[_name + ".numeric", "_frombuffer"] = _core.numeric._frombuffer
+    for _type in (list, dict, set, frozenset, tuple, bytearray, complex, slice, range):
+        _allowed["builtins", _type.__name__] = _allowed["__builtin__", _type.__name__] = _type
+
+    def find_class(self, module, name):
+        try:
+            return self._allowed[module, name]
+        except KeyError:
+            raise InputError(f"it asks for {module}.{name}, which is neither numpy nor a builtin container") from None
+
+
+def read_pickle(path):
+    """The content of a pickle of numpy arrays and builtin containers.  Raises InputError if it holds anything else: a
+    pickle from elsewhere can run any program when it is read the usual way."""
+    try:
+        with open(path, "rb") as f:
+            return _SafeUnpickler(f, encoding="latin1").load()       # latin1: arrays pickled by Python 2
+    except InputError as e:
+        raise InputError(f"{path} is refused: {e}; convert it to <file>.npz on a machine where you trust it") from None
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as e:
+        raise InputError(f"{path} is not a complete pickle ({type(e).__name__}: {e}); download it again") from None
+
+
+def _take(part, where, split, *names):
+    for name in names:
+        if name in part:
+            return part[name]
+    raise InputError(f"{where}: {split} has no key {' or '.join(names)}; found {', '.join(map(str, part))}")
+
+
+def _read_pickles(root, source, fold):
+    """MulT's and MMSA's pickles: {split: {text, audio, vision, labels (N,1,1) | regression_labels (N,)}}."""
+    names = {"mosi": ("mosi_data.pkl", "mosi_data_noalign.pkl"), "mosei": ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl"),
+             "sims": ("unaligned_39.pkl", "unaligned.pkl"), "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}[source]
+    names += ("aligned_50.pkl", "unaligned_50.pkl") if source in ("mosi", "mosei") else ()
+    found = [root] if root.is_file() else [f for n in names for f in (root / n, root / "Processed" / n) if f.is_file()]
+    if not found:
+        raise InputError(f"{root} has none of {', '.join(names)} (nor Processed/ with one); --root may also be the file itself")
+    data, raw = read_pickle(found[0]), {}
+    for split in ("train", "valid", "test"):
+        part = _take(data, found[0], "the file", split) if isinstance(data, dict) else {}
+        label = np.asarray(_take(part, found[0], split, "regression_labels", "labels"))
+        if source == "iemocap":                                      # MulT: (N,4,2), one yes/no pair per emotion
+            if label.ndim != 3 or label.shape[1:] != (4, 2):
+                raise InputError(f"{found[0]}: labels of {split} has shape {label.shape}, expected (N,4,2)")
+            label = label[:, :, 1].argmax(1).astype(np.int64)
+        else:
+            label = label.reshape(len(label), -1)[:, 0].astype(np.float32)
+        raw[split] = {"audio": _take(part, found[0], split, "audio"), "video": _take(part, found[0], split, "vision", "video"),
+                      "text": _take(part, found[0], split, "text"), "label": label, "where": found[0]}
+    return raw
+
+
+def _read_iemocap(root, source, fold):
+    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.  Needs h5py.
+    A folder without A/, or a file, is read as MulT's 4-class pickle."""
+    if not (root / "A").is_dir():
+        return _read_pickles(root, source, fold)
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{root} holds .h5 files: pip install h5py, or use MulT's iemocap_data.pkl") from None
+    files = {"audio": root / "A/comparE.h5", "video": root / "V/denseface.h5", "text": root / "L/bert_large.h5"}
+    longest, raw, cv = {"audio": 350, "video": 50, "text": 22}, {}, str(fold + 1)
+    missing = [f for f in files.values() if not f.is_file()]
+    if missing:
+        raise InputError(f"{missing[0]} does not exist")
+    opened, scale = {m: h5py.File(f, "r") for m, f in files.items()}, (0.0, 1.0)
+    if (root / "A/comparE_mean_std.h5").is_file():
+        with h5py.File(root / "A/comparE_mean_std.h5", "r") as f:
+            scale = f[cv]["mean"][()], np.maximum(f[cv]["std"][()], 1e-6)
+    for split, short in (("train", "trn"), ("valid", "val"), ("test", "tst")):
+        labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
+        for f in (labels, names):
+            if not f.is_file():
+                raise InputError(f"{f} does not exist (--fold {fold} is cross-validation set {cv})")
+        keys = [k.decode() if isinstance(k, bytes) else str(k) for k in np.load(names).reshape(-1)]
+        part = {"label": np.load(labels).argmax(1).astype(np.int64), "where": labels}
+        for m, f in opened.items():
+            lost = [k for k in keys if k not in f]
+            if lost:
+                raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} in {split} are missing)")
+            rows = [np.asarray(f[k][()], np.float32)[:longest[m]] for k in keys]
+            rows = [(x - scale[0]) / scale[1] for x in rows] if m == "audio" else rows
+            part[m] = np.stack([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]).astype(np.float32)
+        raw[split] = part
+    return raw
+
+
+def _read_npz(path, fold):
+    """<file>.npz: audio, video, text (N,n,d), label (N,), and split (0 1 2 | train valid test) or fold (0..F-1).
+
+    With fold: test = that fold, val = the next one, train = the others.  label of integers = classes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            data = {k: z[k] for k in z.files if k in (*MODALITIES, "label", "split", "fold")}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as e:
+        raise InputError(f"{path} is not a readable .npz of plain arrays ({type(e).__name__}: {e})") from None
+    label = np.asarray(_take(data, path, "the file", "label")).reshape(-1)
+    which = np.asarray(_take(data, path, "the file", "split", "fold"))
+    if len(which) != len(label):
+        raise InputError(f"{path}: split or fold has {len(which)} entries, expected {len(label)}, one per label")
+    if "split" in data:
+        rows = {k: np.isin(which.astype(str), names) for k, names in
+                (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
+    else:
+        folds = int(which.max()) + 1
+        if folds < 3 or not 0 <= fold < folds:
+            raise InputError(f"{path}: fold has {folds} folds; three or more are needed and --fold is one of 0..{folds - 1}")
+        rows = {"train": (which != fold) & (which != (fold + 1) % folds) & (which >= 0),
+                "valid": which == (fold + 1) % folds, "test": which == fold}
+    for m in MODALITIES:
+        if len(_take(data, path, "the file", m)) != len(label):
+            raise InputError(f"{path}: {m} has {len(data[m])} rows, expected {len(label)}, one per label")
+    return {split: {**{m: data[m][keep] for m in MODALITIES}, "label": label[keep], "where": path}
+            for split, keep in rows.items()}
+
+
+_READERS = {"mosi": (_read_pickles, "mosi_data.pkl (MulT) or Processed/unaligned_50.pkl (MMSA)"),
+            "mosei": (_read_pickles, "mosei_senti_data.pkl (MulT) or Processed/unaligned_50.pkl (MMSA)"),
+            "sims": (_read_pickles, "Processed/unaligned_39.pkl (MMSA)"),
+            "iemocap": (_read_iemocap, "A/ V/ L/ target/ (MMIN) or iemocap_data.pkl (MulT)")}
 
 
 def pattern_name(available):

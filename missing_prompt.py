@@ -20,11 +20,15 @@ Run     python missing_prompt.py                       the paper's method on min
         python missing_prompt.py --table 2             every method beside the paper's numbers
 """
 import argparse
+import contextlib
 import copy
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -318,6 +322,7 @@ class Store:
         self.x = {m: torch.as_tensor(x, device=device) for m, x in stream.extra["features"].items()}
         self.blank = {m: torch.zeros_like(x[0]) for m, x in self.x.items()}             # (n,d) a missing modality
         self.y = torch.as_tensor(stream.extra["label"], device=device)
+        self.patterns = patterns
         self.present = torch.tensor([[m in p for m in MODALITIES] for p in patterns], device=device)    # (T,M)
 
     @torch.no_grad()
@@ -328,14 +333,15 @@ class Store:
 
     def batch(self, rows, task=None):
         """rows (B,), task: a number, (B,) numbers, or None for complete modalities."""
-        B = len(rows)
-        present = torch.ones(3, dtype=torch.bool) if task is None else self.present[task]
-        if present.dim() == 1:                                       # one pattern for all: a missing modality is one row
-            x = {m: self.x[m][rows] if present[i] else self.blank[m][None] for i, m in enumerate(MODALITIES)}
-        else:
+        if torch.is_tensor(task):
+            present = self.present[task]                                                # (B,M)
             x = {m: torch.where(present[:, i, None, None], self.x[m][rows], self.blank[m])
                  for i, m in enumerate(MODALITIES)}
-        return Batch(x, self.y[rows], present.to(self.y.device).expand(B, -1), task, rows)
+        else:                                                        # one pattern for all: a missing modality is one row
+            available = MODALITIES if task is None else self.patterns[task]
+            x = {m: self.x[m][rows] if m in available else self.blank[m][None] for m in MODALITIES}
+            present = torch.tensor([m in available for m in MODALITIES], device=self.y.device).expand(len(rows), -1)
+        return Batch(x, self.y[rows], present, task, rows)
 
     def loss(self, output, y):
         """L_task: L1 for sentiment, cross-entropy for classes.  Section 4.3."""
@@ -424,7 +430,7 @@ class Ours(Finetune):
 
     def contrastive(self):
         if self.prompts.k_miss is None or not any(self.pairs):       # no task-aware prompts, nothing to compare
-            return torch.zeros(())
+            return torch.zeros((), device=self.store.y.device)
         return task_interaction_loss(self.prompts.z(), self.pairs, self.a.trade_off, self.a.tau)
 
     def loss(self, b):
@@ -799,7 +805,7 @@ def pretrain(a, stream, device):
         rows, best = torch.as_tensor(train.rows), (math.inf, None)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, a.pre_epochs * math.ceil(len(rows) / 64))
-        bar = tqdm(range(a.pre_epochs), desc="pre-training on complete modalities", disable=a.quiet)
+        bar = tqdm(range(a.pre_epochs), desc="pre-training on complete modalities", disable=a.quiet, leave=False)
         for _ in bar:
             net.train()
             for part in rows[torch.randperm(len(rows))].split(64):
@@ -831,22 +837,27 @@ def predict(learner, rows, t, size=512):
 
 
 def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
-    """One task: rows (n,) with their tasks, a number or (n,); val: list of (rows, task).  Keeps the best epoch on val."""
-    device, store = learner.store.y.device, learner.store
+    """One task: rows (n,) with their tasks, a number or (n,); val: list of (rows, task).  Keeps the best epoch on val.
+
+    Raises InputError where the loss is not finite.
+    """
+    store, device = learner.store, learner.store.y.device
     trainable = {n: p for n, p in learner.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(trainable.values(), lr=a.lr) if trainable else None      # a new one per task
+    if not trainable:
+        return
+    optimizer = torch.optim.Adam(trainable.values(), lr=a.lr)        # a new one per task
     best, first = {"loss": math.inf, "weights": {}}, 0
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
         best, first = resume["best"], resume["epoch"] + 1
     else:
         learner.begin(t, rows)
-    for epoch in range(first, a.epochs if trainable else 0):
+    for epoch in range(first, a.epochs):
         learner.train()
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash((run.args["seed"], t, epoch)) % 2 ** 31))
+        shuffle = torch.Generator().manual_seed(run.args["seed"] * 1_000_003 + t * 1009 + epoch)
         total = 0.0
-        for step, part in enumerate(order.split(a.batch)):
-            b = store.batch(rows[part], tasks if isinstance(tasks, int) else tasks[part])
+        for step, part in enumerate(torch.randperm(len(rows), generator=shuffle).to(device).split(a.batch)):
+            b = store.batch(rows[part], tasks[part] if torch.is_tensor(tasks) else tasks)
             with torch.autocast(device.type, torch.bfloat16, enabled=a.dtype == "bf16"):
                 loss = learner.loss(b)
             if not loss.isfinite():
@@ -865,126 +876,351 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
         bar.update()
         bar.set_postfix(task=name, epoch=epoch + 1, loss=f"{total / len(rows):.3f}", val=f"{value:.3f}")
         run.log(task=name, epoch=epoch + 1, loss=total / len(rows), val_loss=value, minutes=run.minutes)
-        if epoch + 1 < a.epochs:                                     # the last epoch's checkpoint is the task's own
-            run.checkpoint(t=t, epoch=epoch, learner=learner.state_dict(), optimizer=optimizer.state_dict(), best=best,
-                           A=run.A.tolist(), rng=torch.get_rng_state())
+        if epoch + 1 < a.epochs:                                     # after the last one run_one writes the task's own
+            run.checkpoint(t=run.stage, epoch=epoch, learner=learner.state_dict(), optimizer=optimizer.state_dict(),
+                           best=best, A=run.A.tolist(), rng=torch.get_rng_state())
     with torch.no_grad():
         for n, p in trainable.items():
             p.copy_(best["weights"][n])
     learner.end(t, rows)
 
 
-def run_one(a, seed, folder, stream, quiet=False):
-    """One seed from the pre-trained backbone to results.json, which is returned.  a: settings with a.order resolved."""
-    device = torch.device(a.device)
+def run_one(a, seed, folder, stream):
+    """One seed, from the pre-trained backbone to results.json, whose content is returned."""
+    device, T = torch.device(a.device), len(stream)
     net, cached = pretrain(a, stream, device)
     torch.manual_seed(seed)
     store = Store(stream, a.patterns, device)
     learner = METHODS[a.method](net, store, a).to(device)
-    tensor = lambda u: torch.as_tensor(u.rows)
-    tasks, T, names = stream.tasks, len(stream), [stream.tasks[k].name for k in a.order]
-    run = Run(folder, {**settings(a), "seed": seed}, a.resume)
+    rows = [{k: torch.as_tensor(getattr(task, k).rows, device=device) for k in ("train", "val", "test")} for task in stream.tasks]
+    names = [stream.tasks[k].name for k in a.order]
+    run = Run(folder, settings(a, seed), a.resume)
     run.A, start, state = np.full((T, T), np.nan), 0, run.state
     if state:
         learner.load_state_dict(state["learner"])
         run.A, start = np.array(state["A"]), state["t"]
         torch.set_rng_state(state["rng"])
+    score = lambda t: metrics.affect_scores(predict(learner, rows[t]["test"], t).cpu().numpy(),
+                                            store.y[rows[t]["test"]].cpu().numpy(), store.scoring)
     stages = 1 if learner.joint else T
-    bar = tqdm(total=stages * a.epochs, initial=start * a.epochs, desc=f"{a.method} seed {seed}", disable=quiet, leave=False)
-    for s in range(start, stages):
-        epochs_left = state if state and s == start and state["epoch"] >= 0 else None
+    bar = tqdm(total=stages * a.epochs, initial=min(start, stages) * a.epochs, desc=f"{a.method} seed {seed}", leave=False,
+               disable=a.quiet)
+    for stage in range(start, stages):
+        run.stage, resume = stage, state if state and stage == start and state["epoch"] >= 0 else None
         if learner.joint:                                            # every utterance with every pattern, mixed
-            rows, name = torch.cat([tensor(k.train) for k in tasks]), "all"
-            number = torch.cat([torch.full((len(k.train),), i) for i, k in enumerate(tasks)])
-            train_task(learner, a, run, bar, name, 0, rows, number, [(tensor(k.val), i) for i, k in enumerate(tasks)],
-                       epochs_left)
+            number = torch.cat([torch.full_like(r["train"], t) for t, r in enumerate(rows)])
+            train_task(learner, a, run, bar, "all", 0, torch.cat([r["train"] for r in rows]), number,
+                       [(r["val"], t) for t, r in enumerate(rows)], resume)
+            stage = T - 1
         else:
-            k = a.order[s]
-            train_task(learner, a, run, bar, tasks[k].name, k, tensor(tasks[k].train), k, [(tensor(tasks[k].val), k)],
-                       epochs_left)
-        s = T - 1 if learner.joint else s
-        outputs = [predict(learner, tensor(tasks[k].test), k) for k in a.order[:s + 1]]
-        for i, k in enumerate(a.order[:s + 1]):
-            run.A[s, i] = metrics.affect_scores(outputs[i].cpu().numpy(), tasks[k].test.label[tasks[k].test.rows],
-                                                store.scoring)["accuracy"]
-        if not quiet and not learner.joint:
-            bar.write(f"after task {s + 1} ({names[s]})\n{metrics.format_matrix(run.A[:s + 1], names)}")
-        run.checkpoint(t=s + 1, epoch=-1, learner=learner.state_dict(), A=run.A.tolist(), rng=torch.get_rng_state())
+            t = a.order[stage]
+            train_task(learner, a, run, bar, names[stage], t, rows[t]["train"], t, [(rows[t]["val"], t)], resume)
+        run.A[stage, :stage + 1] = [score(t)["accuracy"] for t in a.order[:stage + 1]]
+        if not (a.quiet or learner.joint):
+            bar.write(f"after task {stage + 1} of {T}\n" + metrics.format_matrix(run.A[:stage + 1], names))
+        run.checkpoint(t=stage + 1, epoch=-1, learner=learner.state_dict(), A=run.A.tolist(), rng=torch.get_rng_state())
     bar.close()
-    final = {n: metrics.affect_scores(predict(learner, tensor(tasks[k].test), k).cpu().numpy(),
-                                      tasks[k].test.label[tasks[k].test.rows], store.scoring) for n, k in zip(names, a.order)}
     values = {"AA": float(np.mean(run.A[-1]))}
     if not learner.joint:
         values |= {"FM_max": metrics.forgetting(run.A), "FM_diag": metrics.forgetting(run.A, "own")}
     trainable = {n: p for n, p in learner.named_parameters() if p.requires_grad}
-    backbone = sum(p.numel() for p in net.parameters())
-    count = sum(p.numel() for p in trainable.values())
-    return run.finish(run.A, names, values, trainable if learner.frozen else None, f"{a.method}: accuracy after each task",
-                      final=final, trainable=count, backbone=backbone, backbone_file=Path(cached).name,
-                      world=stream.extra["version"], **learner.extras())
+    results = run.finish(run.A, names, values, trainable if learner.frozen else None, f"{a.method}: accuracy after each task",
+                         final={names[i]: score(t) for i, t in enumerate(a.order)}, world=stream.extra["version"],
+                         trainable=sum(p.numel() for p in trainable.values()), backbone=sum(p.numel() for p in net.parameters()),
+                         backbone_file=Path(cached).name, **learner.extras())
+    if "task_aware_cosine" in results:                               # in the order of Table 1, whatever --order
+        metrics.heat_map(results["task_aware_cosine"], Path(folder) / "task_aware_cosine.png", *[list(map(pattern_name, a.patterns))] * 2,
+                         "cosine of the task-aware prompts z_t", -1.0, 1.0)
+    return results
+
+
+def run_seeds(a, folder):
+    """All folds and seeds of one configuration -> list of results; several leave a folder each and an aggregate."""
+    jobs = [(f, s) for f in a.folds for s in a.seeds]
+    results = []
+    for fold, seed in jobs:
+        name = (f"fold{fold}-" if len(a.folds) > 1 else "") + f"seed{seed}"
+        stream = make_stream(a, fold, seed)
+        if not a.quiet and not results:
+            print_config(a, stream)
+        results.append(run_one(argparse.Namespace(**{**vars(a), "folds": [fold]}), seed,
+                               folder / name if len(jobs) > 1 else folder, stream))
+        if not a.quiet:
+            print(last_line(a, results[-1], f"{f'fold {fold} ' if len(a.folds) > 1 else ''}seed {seed}"))
+    if len(jobs) > 1:
+        summary = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
+        with atomic(folder / "results.json") as f:
+            json.dump(metrics.jsonable({"metrics": {k: {"mean": m, "std": s} for k, (m, s) in summary.items()}, "args": settings(a, a.seeds),
+                                        "runs": [r["metrics"] for r in results], "environment": results[0]["environment"]}), f, indent=1)
+        print(f"{a.method}: " + "  ".join(f"{k} {m:.2f} +- {s:.2f}" for k, (m, s) in summary.items()) + f"  ({len(jobs)} runs)")
+    return results
+
+
+def make_stream(a, fold, seed):
+    return affect_stream(a.data, a.patterns, a.root, a.samples, fold, seed, a.max_length, SMOKE_WORLD if a.smoke else None)
+
+
+def print_config(a, stream):
+    names = [stream.tasks[k].name for k in a.order]
+    net = make_backbone(a, stream)
+    learner = METHODS[a.method](net, Store(stream, a.patterns), a)
+    count, backbone = (sum(p.numel() for p in x.parameters() if p.requires_grad or x is net) for x in (learner, net))
+    print(f"missing modalities (arXiv 2503.00528)   method {a.method}   backbone {a.backbone} {a.layers}+{a.fusion_layers} "
+          f"layers, D {a.width}\n"
+          f"data      {stream.extra['version']}: " + ", ".join(f"{m} {stream.extra['lengths'][m]}x{stream.extra['dims'][m]}" for m in MODALITIES)
+          + f"; {len(stream.tasks[0].train)} train, {len(stream.tasks[0].val)} val, {len(stream.tasks[0].test)} test per task, {a.samples}\n"
+          f"tasks     {' -> '.join(names)}   (a audio, v video, l text: what is available)\n"
+          f"learned   {count} of {backbone} parameters ({100 * count / backbone:.1f} %)   lr {a.lr:g}, batch {a.batch}, {a.epochs} epochs"
+          f"   weight {learner.strength:g}" + (f"   buffer {a.buffer}" if learner.buffered else "") + "\n"
+          f"protocol  the pattern is seen in the input, no other task id at test; select on validation, report test; "
+          f"seeds {' '.join(map(str, a.seeds))}; torch {torch.__version__}, {a.device}, {a.dtype}")
+    print("\n".join(stream.notes), end="\n" if stream.notes else "")
+
+
+def last_line(a, r, which):
+    return (f"{a.method} on {a.data}: " + "  ".join(f"{k} {v:.2f}" for k, v in r["metrics"].items())
+            + f"  {which}  {r['minutes']:.1f} min  peak {r['peak_memory_mb']:.0f} MiB")
+
+
+# -------------------------------------------------------------------------------------- tables of the paper, and speed
+# The paper's numbers on CMU-MOSI: (AA, FM).
+METHOD_ROWS = [
+    ("iCaRL, buffer 250", {"method": "icarl"}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem"}, (63.18, 4.10)),
+    ("ER, buffer 250", {"method": "er"}, (65.78, 3.44)), ("DER++, buffer 250", {"method": "derpp"}, (64.62, 2.74)),
+    ("iCaRL, buffer 500", {"method": "icarl", "buffer": 500}, (66.81, 2.01)),
+    ("A-GEM, buffer 500", {"method": "agem", "buffer": 500}, (65.12, 2.88)),
+    ("ER, buffer 500", {"method": "er", "buffer": 500}, (68.91, 1.12)),
+    ("DER++, buffer 500", {"method": "derpp", "buffer": 500}, (67.02, 0.69)),
+    ("EWC", {"method": "ewc"}, (66.44, 1.75)), ("LwF", {"method": "lwf"}, (64.56, 2.97)), ("L2P", {"method": "l2p"}, (63.79, 2.67)),
+    ("DualPrompt", {"method": "dualprompt"}, (67.23, 0.73)), ("S-Prompts", {"method": "sprompts"}, (64.83, 3.57)),
+    ("MPLMM", {"method": "mplmm"}, (70.35, 2.18)), ("Ours", {}, (71.87, -0.15)),
+    ("Lower bound", {"method": "finetune"}, (62.34, 6.18)), ("Upper bound", {"method": "joint"}, (71.19, None)),
+    ("Upper bound (ours)", {"method": "joint-prompts"}, (73.20, None)), ("frozen, no prompts", {"method": "none"}, (None, None))]
+_no = {"pairs": "none"}                                              # Table 3 is without the task interaction loss
+TABLES = {
+    "2": ("Table 2: all methods", METHOD_ROWS),
+    "3": ("Table 3: kinds of prompts, without task interaction", [
+        ("none (lower bound)", {"method": "finetune"}, (62.34, 6.18)), ("MS", {"prompts": ["MS"], **_no}, (64.07, 4.01)),
+        ("TA", {"prompts": ["TA"], **_no}, (66.21, 3.24)), ("TS", {"prompts": ["TS"], **_no}, (68.01, 1.27)),
+        ("MS TA", {"prompts": ["MS", "TA"], **_no}, (69.16, 2.08)), ("MS TS", {"prompts": ["MS", "TS"], **_no}, (70.34, 0.74)),
+        ("TA TS", {"prompts": ["TA", "TS"], **_no}, (70.51, 0.31)), ("MS TA TS", _no, (70.91, 0.13))]),
+    "4": ("Table 4: task interaction", [
+        ("without", _no, (70.91, 0.13)), ("without l(i,j), l(j,i)", {"pairs": "second"}, (71.14, 0.09)),
+        ("without l(m,n), l(n,m)", {"pairs": "first"}, (71.42, 0.06)),
+        ("lambda 0.5, gamma x1 (our choice)", {"trade_off": 0.5}, (71.52, 0.04)),
+        ("lambda 2, gamma x1 (our choice)", {"trade_off": 2.0}, (71.69, 0.01)),
+        ("lambda 1, gamma x5 (our choice)", {"weight_times": 5.0}, (71.58, -0.04)), ("default", {}, (71.87, -0.15))]),
+    "5": ("Table 5: order of the kinds", [(" ".join(s), {"sequence": list(s)}, v) for s, v in zip(
+        itertools.permutations(KINDS), ((71.87, -0.15), (70.96, -0.03), (71.23, 0.06), (70.57, 0.04), (70.00, 0.10), (69.98, 0.28)))]),
+    "6": ("Table 6: where the prompts are attached (rows 3 and 4 of the paper lost their labels)", [
+        ("back layers: 3 4 5", {"start": 2}, (70.06, 0.23)), ("front layers: 1 2 3", {}, (71.87, -0.15)),
+        ("N 2 1 1, layers 1-4 (our choice)", {"depths": [2, 1, 1]}, (71.10, 0.07)),
+        ("N 1 2 2, layers 1-5 (our choice)", {"depths": [1, 2, 2]}, (71.42, -0.09))]),
+    "fig5": ("Figure 5: prompt length (no numbers in the paper: rises, then falls, peak at 16)", [
+        (f"L = {n}", {"length": n}, (None, None)) for n in (1, 2, 4, 8, 16, 24, 32, 48)])}
+
+
+def run_table(a, folder):
+    """Every row x fold x seed of one table, one folder per run; finished ones are read.  table.json and table.md are
+    rewritten after every run, so that stopping in the middle leaves a table with "not run" in it."""
+    title, rows = TABLES[a.table]
+    done = {label: {} for label, _, _ in rows}
+    jobs = [(f, s, row) for s in a.seeds for f in a.folds for row in rows]
+    streams = functools.lru_cache(1)(lambda f, s: make_stream(a, f, s))
+    bar = tqdm(total=len(jobs), desc=title)
+    for fold, seed, (label, changes, _) in jobs:
+        changes = dict(changes)
+        times = changes.pop("weight_times", None)
+        b = argparse.Namespace(**{**vars(a), **changes, "folds": [fold], "quiet": True, "resume": True})
+        if "method" in changes or times:                             # a given --lr or --weight is the paper method's
+            learner = METHODS[b.method]
+            b.lr = learner.lr if "method" in changes else b.lr
+            b.weight = None if "method" in changes else times * (learner.weight if b.weight is None else b.weight)
+        where = folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}-fold{fold}-seed{seed}"
+        result = read_result(where / "results.json", settings(b, seed))
+        if result is None:
+            result = run_one(b, seed, where, streams(fold, seed))
+            (where / "checkpoint.pt").unlink(missing_ok=True)
+        done[label][fold, seed] = result
+        bar.update()
+        bar.set_postfix_str(f"{label}, seed {seed}: AA {result['metrics']['AA']:.1f}")
+        text = write_table(a, folder, title, rows, done, len(a.folds) * len(a.seeds))
+    bar.close()
+    print(text)
+
+
+def read_result(path, args):
+    """results.json of a finished run with these args, or None."""
+    try:
+        result = json.loads(path.read_text())
+        return result if result["args"] == metrics.jsonable(args) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_table(a, folder, title, rows, done, wanted):
+    """table.json and table.md: mean +- std, the paper's numbers, and the paired difference to the paper's method."""
+    reference = next((label for label, changes, _ in rows if label in ("Ours", "default", "front layers: 1 2 3", "L = 16",
+                                                                        "MS TA TS", " ".join(KINDS))), rows[-1][0])
+    lines = [f"{title}; data {a.data}, {a.epochs} epochs, folds {' '.join(map(str, a.folds))}, seeds {' '.join(map(str, a.seeds))}", "",
+             f"| | AA | FM max | FM diag | AA minus {reference} (wins, p) | runs | paper AA | paper FM |", "|---|---|---|---|---|---|---|---|"]
+    table = []
+    for label, changes, paper in rows:
+        runs = done[label]
+        row = {"label": label, "changes": changes, "paper_AA": paper[0], "paper_FM": paper[1], "runs": len(runs)}
+        cells = ["not run"] * 4
+        if runs:
+            for k in ("AA", "FM_max", "FM_diag"):
+                values = [r["metrics"][k] for r in runs.values() if k in r["metrics"]]
+                row[k] = dict(zip(("mean", "std"), metrics.mean_std(values)), values=values) if values else None
+            cells = [f"{row[k]['mean']:.2f} +- {row[k]['std']:.2f}" if row[k] else "-" for k in ("AA", "FM_max", "FM_diag")]
+            both = [k for k in runs if k in done[reference] and label != reference]
+            row["against"] = metrics.paired(*([done[x][k]["metrics"]["AA"] for k in both] for x in (label, reference))) if both else None
+            cells.append(f"{row['against']['difference']:+.2f} ({row['against']['wins']}/{row['against']['n']}, "
+                         f"{row['against']['p']:.3f})" if both else "-")
+            row["minutes"] = sum(r["minutes"] for r in runs.values())
+            row["runs_at"] = [list(k) for k in runs]
+        table.append(row)
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {len(runs)}/{wanted} | "
+                     + " | ".join("-" if x is None else f"{x:.2f}" for x in paper) + " |")
+    ours = [r for label in done if "TA" in label or label in ("Ours", "default") for r in done[label].values()]
+    if ours and "task_aware_cosine" in ours[0] and a.table == "2":
+        cosine = np.mean([r["task_aware_cosine"] for r in done["Ours"].values()], 0)
+        metrics.heat_map(cosine, folder / "task_aware_cosine.png", *[list(map(pattern_name, a.patterns))] * 2,
+                         "cosine of the task-aware prompts z_t, mean over runs", -1.0, 1.0)
+        table.append({"label": "task_aware_cosine", "matrix": cosine})
+    environment = next((r["environment"] for x in done.values() for r in x.values()), {})
+    with atomic(folder / "table.json") as f:
+        json.dump(metrics.jsonable({"title": title, "rows": table, "args": settings(a, a.seeds), "environment": environment}), f, indent=1)
+    with atomic(folder / "table.md") as f:
+        f.write("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+def bench(a, steps=30):
+    """Step time, memory kept for the backward pass, and parameters: against the frozen backbone without prompts."""
+    stream = make_stream(a, a.folds[0], a.seeds[0])
+    rows = torch.as_tensor(stream.tasks[0].train.rows[:a.batch], device=a.device)
+    wait = torch.cuda.synchronize if a.device.startswith("cuda") else lambda: None
+    table = {}
+    for name in dict.fromkeys(("none", a.method, "finetune")):
+        learner = METHODS[name](make_backbone(a, stream), Store(stream, a.patterns), a).to(a.device)
+        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        learner.train()
+        kept = {}
+        note = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+        times = []
+        for i in range(steps + 5):
+            wait()
+            start = time.perf_counter()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x) if i == 0 else contextlib.nullcontext(), \
+                    torch.set_grad_enabled(count > 0):
+                loss = learner.loss(learner.store.batch(rows, 0))
+                if count:
+                    learner.zero_grad()
+                    loss.backward()
+            wait()
+            times.append(time.perf_counter() - start)
+        backbone = sum(p.numel() for p in learner.net.parameters())
+        table[name] = {"step_ms": 1e3 * float(np.median(times[5:])), "kept_mib": sum(kept.values()) / 2 ** 20 if count else 0.0,
+                       "trainable": count, "share": 100 * count / backbone}
+    base = table["none"]["step_ms"]
+    print(f"batch {len(rows)}, complete modalities, {a.data}, backbone {a.backbone} with {backbone} parameters, {a.device}, "
+          f"{torch.get_num_threads()} threads\n{'':12} ms/step   x frozen   samples/s   MiB for backward   trainable")
+    for name, r in table.items():
+        print(f"{name:12} {r['step_ms']:7.1f}   {r['step_ms'] / base:8.1f}   {1e3 * len(rows) / r['step_ms']:9.0f}   "
+              f"{r['kept_mib']:16.1f}   {r['trainable']} ({r['share']:.2f} %)" + ("   forward only" if name == "none" else ""))
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------- command line
+SMOKE_WORLD = {"train": 64, "val": 64, "test": 96, "upstream": 256, "upstream_val": 64}
 
 
-def settings(a):
+def settings(a, seed):
     """What decides the outcome of a run, as a flat dict."""
-    skip = {"seeds", "out", "resume", "quiet", "table", "bench", "smoke", "patterns", "device"}
-    return {k: v for k, v in vars(a).items() if k not in skip}
+    skip = {"seeds", "out", "resume", "quiet", "table", "bench", "patterns"}
+    return {**{k: v for k, v in sorted(vars(a).items()) if k not in skip}, "seed": seed}
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description="Continual adaptation to missing modalities with prompts (arXiv 2503.00528)",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", default="mini", help="mini, mini4 (four classes), mosi, mosei, sims, iemocap, or <file>.npz")
-    p.add_argument("--root", help="folder of mosi, mosei, sims, iemocap")
-    p.add_argument("--method", default="prompts", choices=list(METHODS), help="the paper's, its bounds and baselines")
-    p.add_argument("--backbone", default="msa", choices=list(BACKBONES))
-    p.add_argument("--width", type=int, default=30, help="D")
-    p.add_argument("--heads", type=int, default=5)
-    p.add_argument("--layers", type=int, default=5)
-    p.add_argument("--fusion-layers", type=int, default=3)
-    p.add_argument("--dropout", type=float, default=0.1)
-    p.add_argument("--pre-epochs", type=int, default=20)
-    p.add_argument("--length", type=int, default=16, help="prompt length L")
-    p.add_argument("--prompts", nargs="*", default=list(KINDS), choices=KINDS)
-    p.add_argument("--sequence", nargs=3, default=list(KINDS), choices=KINDS)
-    p.add_argument("--depths", nargs=3, type=int, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"))
-    p.add_argument("--start", type=int, default=0)
-    p.add_argument("--keys", default="shared", choices=("shared", "modality"))
-    p.add_argument("--init-std", type=float, default=0.02)
-    p.add_argument("--keep", action=argparse.BooleanOptionalAction, default=False)
-    p.add_argument("--pairs", default="both", choices=("both", "first", "second", "none"))
-    p.add_argument("--trade-off", type=float, default=1.0, help="lambda of Eq. 7")
-    p.add_argument("--tau", type=float, default=0.5)
-    p.add_argument("--weight", "--gamma", type=float, help="gamma of Eq. 8")
-    p.add_argument("--buffer", type=int, default=250)
-    p.add_argument("--samples", default="shared", choices=("shared", "disjoint"))
-    p.add_argument("--fold", type=int, default=0)
-    p.add_argument("--order", type=int, nargs="+")
-    p.add_argument("--epochs", type=int)
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--lr", type=float)
-    p.add_argument("--clip", type=float, default=0.8)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
-    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    p.add_argument("--out")
-    a = p.parse_args(argv)
+    p = argparse.ArgumentParser(description="Continual adaptation to missing modalities with prompts (arXiv 2503.00528).")
+    add, yes = p.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="mini", help="mini (default), mini4 (four classes), mosi, mosei, sims, iemocap with --root, or <file>.npz")
+    add("--root", help="folder (or file) of mosi, mosei, sims, iemocap")
+    add("--folds", type=int, nargs="+", default=[0], help="folds of <file>.npz, or IEMOCAP's cross-validation sets, from 0")
+    add("--samples", default="shared", choices=("shared", "disjoint"), help="do the tasks mask the same utterances, or own ones (open in the paper)")
+    add("--max-length", type=int, default=50, help="longer sequences are averaged over this many windows")
+    add("--order", type=int, nargs="+", help="order of arrival of Table 1's tasks, from 0 (default: as numbered)")
+    add("--method", default="prompts", choices=list(METHODS), help="prompts = the paper's (default), its bounds, and baselines")
+    add("--backbone", default="msa", choices=list(BACKBONES), help="msa: self-attention encoders; mult: MulT's crossmodal layers")
+    add("--width", type=int, default=30, help="d of the prompts and the backbone, 30 in the paper")
+    add("--heads", type=int, default=5)
+    add("--layers", type=int, default=5, help="MSA layers per modality (open in the paper)")
+    add("--fusion-layers", type=int, default=3, help="layers over the three sequences together (open in the paper)")
+    add("--dropout", type=float, default=0.1, help="in the backbone, while it trains")
+    add("--pre-epochs", type=int, default=20, help="epochs of pre-training on complete modalities")
+    add("--length", type=int, default=16, help="prompt length, 16 in the paper (Figure 5)")
+    add("--prompts", nargs="*", default=list(KINDS), choices=KINDS, help="kinds attached (Table 3)", metavar="KIND")
+    add("--sequence", nargs=3, default=list(KINDS), choices=KINDS, help="their order, MS TA TS in the paper (Table 5)", metavar="KIND")
+    add("--depths", nargs=3, type=int, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"), help="layers with each kind (values lost in the paper)")
+    add("--start", type=int, default=0, help="first layer with a prompt, from 0 (Table 6)")
+    add("--keep", action=yes, default=False, help="prompts stay in the sequence instead of being dropped after their layer (open in the paper)")
+    add("--keys", default="shared", choices=("shared", "modality"), help="one pair of missing keys, or one per modality (open in the paper)")
+    add("--init-std", type=float, default=0.02, help="spread of the prompts at the start (open in the paper)")
+    add("--pairs", default="both", choices=("both", "first", "second", "none"), help="positive pairs of Eq. 7 (Table 4): first = (i,j), second = (m,n)")
+    add("--trade-off", type=float, default=1.0, help="lambda of Eq. 7 (value lost in the paper)")
+    add("--tau", type=float, default=0.5, help="temperature of Eq. 6 (value lost in the paper)")
+    add("--gamma", "--weight", dest="weight", type=float, help="gamma of Eq. 8; of a baseline, the weight of its own term (alpha of DER++, "
+        "lambda of EWC, LwF, iCaRL, L2P, DualPrompt); default: tuned per method")
+    add("--buffer", type=int, default=250, help="samples that iCaRL, A-GEM, ER, DER++ keep: 250 and 500 in the paper")
+    add("--epochs", type=int, help="per task; default 30 as in the paper, 10 on mini")
+    add("--batch", type=int, default=64)
+    add("--lr", type=float, help="Adam's learning rate (value lost in the paper); default: tuned per method")
+    add("--clip", type=float, default=0.8, help="gradient norm limit")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--device", help="cuda, mps or cpu; default: the first there is")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"))
+    add("--smoke", action=yes, default=False, help="a tiny world and two epochs: does everything run?")
+    add("--resume", action=yes, default=False, help="go on from the last finished epoch")
+    add("--out", help="folder of the run; default runs/missing_prompt-<method>")
+    add("--table", choices=list(TABLES), help="run every row of that table of the paper and print it beside the paper's numbers")
+    add("--bench", action=yes, default=False, help="time, memory and parameters against the frozen backbone without prompts")
+    return p.parse_args(argv)
+
+
+def resolve(a):
+    """Fill in what depends on other arguments, and check.  Raises InputError."""
+    a.patterns, a.quiet = PATTERNS, False
+    learner, mini = METHODS[a.method], a.data in ("mini", "mini4")
+    if a.device is None:
+        a.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    a.order = list(range(len(a.patterns))) if a.order is None else a.order
+    if sorted(a.order) != list(range(len(a.patterns))):
+        raise InputError(f"--order needs each of 0..{len(a.patterns) - 1} once, not {' '.join(map(str, a.order))}")
+    if sorted(a.sequence) != sorted(KINDS):
+        raise InputError(f"--sequence needs each of {' '.join(KINDS)} once, not {' '.join(a.sequence)}")
+    if a.smoke:
+        a.epochs, a.pre_epochs = a.epochs or 2, min(a.pre_epochs, 2)
+    a.epochs = a.epochs or (10 if mini else 30)
+    a.lr = learner.lr if a.lr is None else a.lr
+    for name in ("epochs", "pre_epochs", "batch", "length", "width", "heads", "layers", "fusion_layers", "buffer", "max_length", "lr", "tau", "clip"):
+        if not getattr(a, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
+    if min(a.depths) < 0 or a.start < 0:
+        raise InputError("--depths and --start must not be negative")
+    if len({*a.seeds}) < len(a.seeds) or len({*a.folds}) < len(a.folds):
+        raise InputError("--seeds and --folds must not repeat a number: the same run twice is no second measurement")
     return a
 
 
 def main(argv=None):
-    a = arguments(argv)
-    a.quiet, a.patterns = False, PATTERNS
-    a.order = a.order or list(range(7))
-    a.epochs = a.epochs or 6
-    a.lr = a.lr or METHODS[a.method].lr
-    for seed in a.seeds:
-        stream = affect_stream(a.data, PATTERNS, a.root, a.samples, a.fold, seed)
-        r = run_one(a, seed, Path(a.out or f"runs/{a.method}") / f"seed{seed}", stream)
-        print(r["metrics"], r["minutes"] * 60, r["trainable"], r["backbone"], [round(x) for x in r["matrix"][-1]])
+    a = resolve(arguments(argv))
+    if a.bench:
+        return bench(a)
+    if a.table:
+        return run_table(a, Path(a.out or f"runs/missing_prompt-table{a.table}"))
+    return run_seeds(a, Path(a.out or f"runs/missing_prompt-{a.method}"))
 
 
 if __name__ == "__main__":
