@@ -80,36 +80,35 @@ class Utterances:
         return {**seen, "label": self.label[row]}
 
 
-# mini-affect, version 1.  Tuned on the lower and the upper bound alone, then frozen; any change needs a new version.
-MINI_AFFECT = {"version": 0, "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
-               "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,
-               "noise": {"audio": 0.9, "video": 0.6, "text": 0.6},   # of the evidence, in units of sentiment (-3..3)
-               "relation": 0.5,      # correlation of audio's and text's evidence noise
-               "habit": 1.5,         # spread of the speaker's habitual loudness and smile, in voice and face alike
-               "audio_signal": 1.5, "text_habit": 0.0,
-         "video_signal": 0.5,  # how much of the sentiment the face shows
-               "token": 1.0}         # noise on every coordinate of every step
+# mini-affect, version 1.  Tuned on the lower and the upper bound alone, then frozen: any change needs a new version.
+MINI_AFFECT = {
+    "version": 1,
+    "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
+    "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,          # utterances
+    "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},             # how much of the sentiment each modality shows
+    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},  # spread of the speaker's habit, and where it shows
+    "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},              # of the evidence, in units of sentiment (-3..3)
+    "relation": 0.5,                                                 # correlation of audio's and text's noise
+    "gain": 0.5, "token": 0.25}                                      # evidence in features; noise of every feature
 
 
 def _mini_affect(n, rng, world, classes=0):
     """n utterances of mini-affect -> features {m: (n,len,dim)}, label (n,).
 
-    sentiment s ~ U(-3,3), |s| >= 0.3; speaker's habit b ~ N(0, habit^2); evidence
-        text   e_l = s + noise_l u              audio  e_a = s + b + noise_a (r u + sqrt(1-r^2) u')      r = relation
-        video  e_v = video_signal s + b + noise_v u''
-    so text is strongest, audio shares text's errors, and video mostly shows the habit: it corrects audio where both are
-    there, and is weak evidence of its own where audio is missing.  Evidence is written along one direction of the feature
-    space at two random steps of the sequence; a second direction marks those steps; everything else is noise.
-    classes=4: label = quadrant of sentiment and arousal r ~ U(-3,3); arousal has its own direction, weakest in text.
+    Sentiment s ~ +-U(0.3,3); the speaker's habit b ~ N(0, habit^2), how loud, lively and wordy somebody always is.
+    Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,   audio's and text's u correlated ("relation").
+    Text is the strongest alone, audio next, video weak.  Two modalities together tell s from b, so the right use of one
+    depends on which others are there (video counts against audio where both are, and for the sentiment alone): the
+    missing-modality tasks contradict each other, and training on one spoils another.
+    The evidence is written along one direction of the feature space at two random steps of the sequence, a second
+    direction marks those steps; everything else is noise.
+    classes=4: the label is the quadrant of s and of an arousal r ~ +-U(0.3,3), written along a third direction.
     """
-    geometry = np.random.default_rng(7)                              # the same directions for everybody: upstream too
-    sign = lambda: rng.choice((-1.0, 1.0), n) * rng.uniform(0.3, 3, n)
-    s, r, b = sign(), sign(), world["habit"] * rng.standard_normal(n)
-    u = rng.standard_normal((3, n))
-    rho, noise = world["relation"], world["noise"]
-    audio_noise = rho * u[0] + np.sqrt(1 - rho ** 2) * u[1]
-    evidence = {"audio": world["audio_signal"] * s + b + noise["audio"] * audio_noise, "video": world["video_signal"] * s + b + noise["video"] * u[2],
-                "text": s + world["text_habit"] * b + noise["text"] * u[0]}
+    geometry = np.random.default_rng(7)                              # the same directions for everybody, upstream too
+    strong = lambda: rng.choice((-1.0, 1.0), n) * rng.uniform(0.3, 3, n)
+    s, r, b = strong(), strong(), world["habit"] * rng.standard_normal(n)
+    u = dict(zip(MODALITIES, rng.standard_normal((3, n))))
+    u["audio"] = world["relation"] * u["text"] + np.sqrt(1 - world["relation"] ** 2) * u["audio"]
     features = {}
     for m in MODALITIES:
         length, dim = world["lengths"][m], world["dims"][m]
@@ -117,7 +116,8 @@ def _mini_affect(n, rng, world, classes=0):
         x = world["token"] * rng.standard_normal((n, length, dim)) / np.sqrt(3)
         where = np.argsort(rng.random((n, length)), axis=1)[:, :2]   # (n,2) the steps that speak
         arousal = r + (1.5 if m == "text" else 0.7) * rng.standard_normal(n)
-        value = evidence[m][:, None] * q[0] + (2.0 * q[2]) + (arousal[:, None] * q[1] if classes else 0)
+        evidence = world["signal"][m] * s + world["shown"][m] * b + world["noise"][m] * u[m]
+        value = world["gain"] * evidence[:, None] * q[0] + 2 * q[2] + (arousal[:, None] * q[1] if classes else 0)
         x[np.arange(n)[:, None], where] += value[:, None]            # (n,2,dim)
         features[m] = x.astype(np.float32)
     label = (2 * (s > 0) + (r > 0)).astype(np.int64) if classes else s.astype(np.float32)

@@ -366,7 +366,7 @@ class Finetune(nn.Module):
         self.net, self.store, self.a = net, store, a
         self.strength = self.weight if a.weight is None else a.weight
         if self.frozen:
-            net.requires_grad_(False)
+            net.requires_grad_(False).eval()
             store.project(net)
 
     def train(self, mode=True):
@@ -475,16 +475,21 @@ class ER(Finetune):
                 self.kept_output[j] = self.latest[i]
 
     def recall(self, n):
-        """n random samples of the buffer with the outputs they had, or None while it is empty."""
+        """n random places of the buffer; fewer while it holds fewer, none while it is empty."""
         filled = min(int(self.seen), self.kept.shape[1])
-        if not filled:
-            return None, None
-        j = torch.randperm(filled)[:n]
-        return self.store.batch(self.kept[0, j], self.kept[1, j]), self.kept_output[j]
+        return torch.randperm(filled, device=self.kept.device)[:n]
+
+    def together(self, b, *places):
+        """Outputs and labels of the new batch and of each replayed one, in one pass through the model."""
+        rows = torch.cat([b.rows, *(self.kept[0, j] for j in places)])
+        task = torch.cat([torch.full_like(b.rows, b.task), *(self.kept[1, j] for j in places)])
+        sizes, mixed = [len(b.rows), *map(len, places)], self.store.batch(rows, task)
+        outputs = self.output(mixed).split(sizes)
+        self.latest = outputs[0].detach()
+        return [(o, y) for o, y in zip(outputs, mixed.y.split(sizes)) if len(y)]
 
     def loss(self, b):
-        old, _ = self.recall(len(b.rows))
-        return super().loss(b) + (self.store.loss(self.output(old), old.y) if old else 0)
+        return sum(self.store.loss(*pair) for pair in self.together(b, self.recall(len(b.rows))))
 
 
 class DERpp(ER):
@@ -492,12 +497,11 @@ class DERpp(ER):
     weight, beta = 0.3, 0.5
 
     def loss(self, b):
-        loss = Finetune.loss(self, b)
-        old, stored = self.recall(len(b.rows))
+        j, again = self.recall(len(b.rows)), self.recall(len(b.rows))
+        new, *old = self.together(b, j, again)
+        loss = self.store.loss(*new)
         if old:
-            again, _ = self.recall(len(b.rows))
-            loss = loss + self.strength * F.mse_loss(self.output(old), stored) \
-                + self.beta * self.store.loss(self.output(again), again.y)
+            loss = loss + self.strength * F.mse_loss(old[0][0], self.kept_output[j]) + self.beta * self.store.loss(*old[1])
         return loss
 
 
@@ -505,11 +509,12 @@ class AGEM(ER):
     """A-GEM (Chaudhry et al. 2019a): if the gradient g would raise the loss on the buffer, take that part out of it."""
 
     def loss(self, b):
-        self.old, _ = self.recall(len(b.rows))                       # drawn here, used by edit_gradients
+        j = self.recall(len(b.rows))                                 # drawn here, used by edit_gradients
+        self.old = self.store.batch(self.kept[0, j], self.kept[1, j])
         return Finetune.loss(self, b)
 
     def edit_gradients(self):
-        if not self.old:
+        if not len(self.old.rows):
             return
         parameters = [p for p in self.parameters() if p.grad is not None]
         g = torch.cat([p.grad.flatten() for p in parameters])
@@ -602,7 +607,7 @@ class EWC(Finetune):
 
     def end(self, t, rows):
         # F_k += mean over samples of (d loss / d theta_k)^2, one sample at a time: squaring a batch mean is not Fisher
-        parameters, samples = list(self.parameters()), rows[torch.randperm(len(rows))[:64]]
+        parameters, samples = list(self.parameters()), rows[torch.randperm(len(rows))[:32]]
         for row in samples:
             b = self.store.batch(row[None], t)
             g = torch.autograd.grad(Finetune.loss(self, b), parameters, allow_unused=True)
@@ -803,7 +808,7 @@ def pretrain(a, stream, device):
                 print(f"{path} cannot be read ({type(e).__name__}); pre-training again")
         store = Store(stream, a.patterns, device)
         rows, best = torch.as_tensor(train.rows), (math.inf, None)
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, a.pre_epochs * math.ceil(len(rows) / 64))
         bar = tqdm(range(a.pre_epochs), desc="pre-training on complete modalities", disable=a.quiet, leave=False)
         for _ in bar:
@@ -845,7 +850,7 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
     trainable = {n: p for n, p in learner.named_parameters() if p.requires_grad}
     if not trainable:
         return
-    optimizer = torch.optim.Adam(trainable.values(), lr=a.lr)        # a new one per task
+    optimizer = torch.optim.Adam(trainable.values(), lr=a.lr, fused=device.type in ("cpu", "cuda"))     # new for every task
     best, first = {"loss": math.inf, "weights": {}}, 0
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
@@ -1174,7 +1179,7 @@ def arguments(argv=None):
     add("--gamma", "--weight", dest="weight", type=float, help="gamma of Eq. 8; of a baseline, the weight of its own term (alpha of DER++, "
         "lambda of EWC, LwF, iCaRL, L2P, DualPrompt); default: tuned per method")
     add("--buffer", type=int, default=250, help="samples that iCaRL, A-GEM, ER, DER++ keep: 250 and 500 in the paper")
-    add("--epochs", type=int, help="per task; default 30 as in the paper, 10 on mini")
+    add("--epochs", type=int, help="per task; default 30 as in the paper, 6 on mini")
     add("--batch", type=int, default=64)
     add("--lr", type=float, help="Adam's learning rate (value lost in the paper); default: tuned per method")
     add("--clip", type=float, default=0.8, help="gradient norm limit")
@@ -1202,7 +1207,7 @@ def resolve(a):
         raise InputError(f"--sequence needs each of {' '.join(KINDS)} once, not {' '.join(a.sequence)}")
     if a.smoke:
         a.epochs, a.pre_epochs = a.epochs or 2, min(a.pre_epochs, 2)
-    a.epochs = a.epochs or (10 if mini else 30)
+    a.epochs = a.epochs or (6 if mini else 30)
     a.lr = learner.lr if a.lr is None else a.lr
     for name in ("epochs", "pre_epochs", "batch", "length", "width", "heads", "layers", "fusion_layers", "buffer", "max_length", "lr", "tau", "clip"):
         if not getattr(a, name) > 0:
