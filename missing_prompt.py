@@ -22,7 +22,6 @@ Run     python missing_prompt.py                       the paper's method on min
 import argparse
 import contextlib
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -168,22 +167,19 @@ class MSALayer(nn.Module):
         MSA([P ; h]) without the L outputs at the prompt's places.  Those are dropped after the layer, so the prompt is
         needed as keys and values only: the same numbers for half the work.  source: cross-attention (MulT).
         """
+        D, H = h.shape[-1], self.heads
+        heads = lambda x: x.unflatten(-1, (-1, H, D // H)).permute(2, 0, 3, 1, 4)       # (B,n,k*D) -> (k,B,H,n,D/H)
+        keys_values = lambda x: heads(F.linear(self.norm1(x), self.qkv.weight[D:], self.qkv.bias[D:]))
         if prompt is not None:
             pk, pv = prompt if isinstance(prompt, tuple) else (prompt, prompt)
-            h = h.expand(max(len(h), len(pk)), -1, -1)
-        B, D = len(h), h.shape[-1]
-        wq, wkv, bq, bkv = *self.qkv.weight.split((D, 2 * D)), *self.qkv.bias.split((D, 2 * D))
-        x = self.norm1(h)
-        if source is None:
-            q, k, v = self.qkv(x).chunk(3, -1)                                          # 3 x (B,n,D)
-        else:
-            q, (k, v) = F.linear(x, wq, bq), F.linear(self.norm1(source), wkv, bkv).chunk(2, -1)
+            h = h.expand(max(len(h), len(pk)), -1, -1)               # one row of a missing modality, B rows of prompts
+        q, k, v = heads(self.qkv(self.norm1(h)))                                        # 3 x (B,H,n,D/H)
+        if source is not None:
+            k, v = keys_values(source)
         if prompt is not None:
-            to_k, to_v = F.linear(self.norm1(pk), wkv, bkv).chunk(2, -1)                # (1|B,L,D): one row where shared
-            if pv is not pk:
-                to_v = F.linear(self.norm1(pv), wkv[D:], bkv[D:])
-            k, v = (torch.cat([p.expand(B, -1, -1), x], 1) for p, x in ((to_k, k), (to_v, v)))   # (B,L+n,D)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))         # (B,H,.,D/H)
+            to_k, to_v = keys_values(pk)                                                # 2 x (1|B,H,L,D/H)
+            to_v = to_v if pv is pk else keys_values(pv)[1]
+            k, v = (torch.cat([p.expand(len(h), -1, -1, -1), x], 2) for p, x in ((to_k, k), (to_v, v)))   # (B,H,L+n,D/H)
         att = F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate if self.training else 0.0)
         drop = lambda x: F.dropout(x, self.rate, self.training)
         h = h + drop(self.out(att.transpose(1, 2).flatten(2)))
@@ -649,9 +645,20 @@ class Prompted(Finetune):
     """What prompt baselines share: a frozen backbone, and its own unprompted read-out as the query."""
     frozen, lr = True, 1e-2
 
+    def __init__(self, net, store, a):
+        super().__init__(net, store, a)
+        self.known = {}                                              # task -> (N,D), nan where not yet asked
+
     @torch.no_grad()
     def query(self, b):
-        return F.normalize(self.net.encode(b.x), dim=-1)                                # (B,D)
+        """Batch of one task -> (B,D), of unit length; computed once for each utterance and task."""
+        if b.task not in self.known:
+            self.known[b.task] = torch.full((len(self.store.y), self.net.features), math.nan, device=b.y.device)
+        known = self.known[b.task]
+        new = b.rows[known[b.rows, 0].isnan()]
+        if len(new):
+            known[new] = F.normalize(self.net.encode(self.store.batch(new, b.task).x), dim=-1)
+        return known[b.rows]
 
 
 class L2P(Prompted):
@@ -776,13 +783,13 @@ METHODS = {"prompts": Ours, "finetune": Finetune, "joint": Joint, "joint-prompts
 # ------------------------------------------------------------------------------------------------- train and evaluate
 
 
-def cache_folder():
-    return Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
-
-
 def make_backbone(a, stream):
     return BACKBONES[a.backbone](stream.extra["dims"], stream.extra["outputs"], a.width, a.heads, a.layers,
                                  a.fusion_layers, a.dropout)
+
+
+def adam(parameters, lr, device):
+    return torch.optim.Adam(parameters, lr=lr, fused=device.type in ("cpu", "cuda"))
 
 
 def pretrain(a, stream, device):
@@ -792,28 +799,29 @@ def pretrain(a, stream, device):
     """
     from safetensors.torch import load_file, save
     train, val = stream.extra["upstream"]
-    what = {k: getattr(a, k) for k in ("backbone", "width", "heads", "layers", "fusion_layers", "dropout", "pre_epochs")}
+    what = {k: getattr(a, k) for k in ("backbone", "width", "heads", "layers", "fusion_layers", "dropout", "pre_epochs", "clip")}
     sha = hashlib.sha256(json.dumps([what, stream.extra["version"], stream.extra["scoring"]], sort_keys=True).encode())
-    for m in MODALITIES:
-        sha.update(np.ascontiguousarray(train.features[m][train.rows]).tobytes())
-    path = cache_folder() / f"affect-{a.backbone}-{sha.hexdigest()[:16]}.safetensors"
+    for x in (*train.features.values(), train.label):
+        sha.update(np.ascontiguousarray(x[train.rows]).tobytes())
+    folder = Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
+    path = folder / f"affect-{a.backbone}-{sha.hexdigest()[:16]}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)                                         # one backbone for all seeds and methods
         net = make_backbone(a, stream).to(device)
         if path.exists():
             try:
                 net.load_state_dict(load_file(str(path)))
-                return net, str(path)
+                return net, path
             except Exception as e:                                   # a broken file is made anew
                 print(f"{path} cannot be read ({type(e).__name__}); pre-training again")
-        store = Store(stream, a.patterns, device)
-        rows, best = torch.as_tensor(train.rows), (math.inf, None)
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
+        store, best = Store(stream, a.patterns, device), (math.inf, None)
+        rows, val = (torch.as_tensor(u.rows, device=device) for u in (train, val))
+        optimizer = adam(net.parameters(), 1e-3, device)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, a.pre_epochs * math.ceil(len(rows) / 64))
         bar = tqdm(range(a.pre_epochs), desc="pre-training on complete modalities", disable=a.quiet, leave=False)
         for _ in bar:
             net.train()
-            for part in rows[torch.randperm(len(rows))].split(64):
+            for part in rows[torch.randperm(len(rows)).to(device)].split(64):
                 b = store.batch(part)
                 loss = store.loss(net(net.embed(b.x)), b.y)
                 optimizer.zero_grad()
@@ -823,15 +831,17 @@ def pretrain(a, stream, device):
                 schedule.step()
             net.eval()
             with torch.no_grad():
-                b = store.batch(torch.as_tensor(val.rows))
-                value = store.loss(net(net.embed(b.x)), b.y).item()
+                output = torch.cat([net(net.embed(store.batch(part).x)) for part in val.split(512)])
+            value = store.loss(output, store.y[val]).item()
             bar.set_postfix(val=f"{value:.3f}")
             if value < best[0]:
                 best = value, copy.deepcopy(net.state_dict())
+        if best[1] is None:
+            raise InputError("pre-training on complete modalities gave no finite loss; look at the features' scale")
         net.load_state_dict(best[1])
         with atomic(path, "wb") as f:
             f.write(save(best[1]))
-    return net, str(path)
+    return net, path
 
 
 @torch.no_grad()
@@ -850,7 +860,7 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
     trainable = {n: p for n, p in learner.named_parameters() if p.requires_grad}
     if not trainable:
         return
-    optimizer = torch.optim.Adam(trainable.values(), lr=a.lr, fused=device.type in ("cpu", "cuda"))     # new for every task
+    optimizer = adam(trainable.values(), a.lr, device)               # a new one for every task
     best, first = {"loss": math.inf, "weights": {}}, 0
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
@@ -866,8 +876,8 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
             with torch.autocast(device.type, torch.bfloat16, enabled=a.dtype == "bf16"):
                 loss = learner.loss(b)
             if not loss.isfinite():
-                raise InputError(f"the loss is {loss.item()} in task {name}, epoch {epoch + 1}, step {step + 1} at --lr {a.lr}; "
-                                 "use a smaller --lr or a smaller --weight")
+                raise InputError(f"the loss is {loss.item()} in task {name}, epoch {epoch + 1}, step {step + 1} at --lr "
+                                 f"{a.lr}; use a smaller --lr or a smaller --weight")
             optimizer.zero_grad()
             loss.backward()
             learner.edit_gradients()
@@ -876,7 +886,7 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
             learner.observe(b, epoch)
             total += loss.item() * len(part)
         value = float(np.mean([store.loss(predict(learner, r, k), store.y[r]).item() for r, k in val]))
-        if value < best["loss"]:
+        if value < best["loss"] or not best["weights"]:
             best = {"loss": value, "weights": {n: p.detach().clone() for n, p in trainable.items()}}
         bar.update()
         bar.set_postfix(task=name, epoch=epoch + 1, loss=f"{total / len(rows):.3f}", val=f"{value:.3f}")
@@ -890,16 +900,17 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
     learner.end(t, rows)
 
 
-def run_one(a, seed, folder, stream):
-    """One seed, from the pre-trained backbone to results.json, whose content is returned."""
+def run_one(a, fold, seed, folder, stream):
+    """One fold and seed, from the pre-trained backbone to results.json, whose content is returned."""
     device, T = torch.device(a.device), len(stream)
     net, cached = pretrain(a, stream, device)
     torch.manual_seed(seed)
     store = Store(stream, a.patterns, device)
     learner = METHODS[a.method](net, store, a).to(device)
-    rows = [{k: torch.as_tensor(getattr(task, k).rows, device=device) for k in ("train", "val", "test")} for task in stream.tasks]
+    rows = [{k: torch.as_tensor(getattr(task, k).rows, device=device) for k in ("train", "val", "test")}
+            for task in stream.tasks]
     names = [stream.tasks[k].name for k in a.order]
-    run = Run(folder, settings(a, seed), a.resume)
+    run = Run(folder, settings(a, fold, seed), a.resume)
     run.A, start, state = np.full((T, T), np.nan), 0, run.state
     if state:
         learner.load_state_dict(state["learner"])
@@ -908,8 +919,8 @@ def run_one(a, seed, folder, stream):
     score = lambda t: metrics.affect_scores(predict(learner, rows[t]["test"], t).cpu().numpy(),
                                             store.y[rows[t]["test"]].cpu().numpy(), store.scoring)
     stages = 1 if learner.joint else T
-    bar = tqdm(total=stages * a.epochs, initial=min(start, stages) * a.epochs, desc=f"{a.method} seed {seed}", leave=False,
-               disable=a.quiet)
+    bar = tqdm(total=stages * a.epochs, initial=min(start, stages) * a.epochs, desc=f"{a.method} seed {seed}",
+               leave=False, disable=a.quiet)
     for stage in range(start, stages):
         run.stage, resume = stage, state if state and stage == start and state["epoch"] >= 0 else None
         if learner.joint:                                            # every utterance with every pattern, mixed
@@ -929,267 +940,256 @@ def run_one(a, seed, folder, stream):
     if not learner.joint:
         values |= {"FM_max": metrics.forgetting(run.A), "FM_diag": metrics.forgetting(run.A, "own")}
     trainable = {n: p for n, p in learner.named_parameters() if p.requires_grad}
-    results = run.finish(run.A, names, values, trainable if learner.frozen else None, f"{a.method}: accuracy after each task",
-                         final={names[i]: score(t) for i, t in enumerate(a.order)}, world=stream.extra["version"],
-                         trainable=sum(p.numel() for p in trainable.values()), backbone=sum(p.numel() for p in net.parameters()),
-                         backbone_file=Path(cached).name, **learner.extras())
+    results = run.finish(
+        run.A, names, values, trainable if learner.frozen else None, f"{a.method}: accuracy after each task",
+        final={names[i]: score(t) for i, t in enumerate(a.order)}, trainable=sum(p.numel() for p in trainable.values()),
+        backbone=sum(p.numel() for p in net.parameters()), backbone_file=cached.name, world=stream.extra["version"],
+        **learner.extras())
     if "task_aware_cosine" in results:                               # in the order of Table 1, whatever --order
-        metrics.heat_map(results["task_aware_cosine"], Path(folder) / "task_aware_cosine.png", *[list(map(pattern_name, a.patterns))] * 2,
-                         "cosine of the task-aware prompts z_t", -1.0, 1.0)
+        cosine_map(a, results["task_aware_cosine"], Path(folder) / "task_aware_cosine.png")
     return results
+
+
+def cosine_map(a, cosine, path):
+    names = [pattern_name(p) for p in a.patterns]
+    metrics.heat_map(cosine, path, names, names, "cosine of the task-aware prompts z_t", -1.0, 1.0)
 
 
 def run_seeds(a, folder):
     """All folds and seeds of one configuration -> list of results; several leave a folder each and an aggregate."""
-    jobs = [(f, s) for f in a.folds for s in a.seeds]
-    results = []
+    jobs, results = [(f, s) for f in a.folds for s in a.seeds], []
     for fold, seed in jobs:
-        name = (f"fold{fold}-" if len(a.folds) > 1 else "") + f"seed{seed}"
         stream = make_stream(a, fold, seed)
-        if not a.quiet and not results:
+        if not results:
             print_config(a, stream)
-        results.append(run_one(argparse.Namespace(**{**vars(a), "folds": [fold]}), seed,
-                               folder / name if len(jobs) > 1 else folder, stream))
-        if not a.quiet:
-            print(last_line(a, results[-1], f"{f'fold {fold} ' if len(a.folds) > 1 else ''}seed {seed}"))
+        name = (f"fold{fold}-" if len(a.folds) > 1 else "") + f"seed{seed}"
+        results.append(run_one(a, fold, seed, folder / name if len(jobs) > 1 else folder, stream))
+        r = results[-1]
+        print(f"{a.method} on {a.data}: " + "  ".join(f"{k} {v:.2f}" for k, v in r["metrics"].items()) + f"  {name}  "
+              f"{r['minutes']:.1f} min  peak {r['peak_memory_mb']:.0f} MiB")
     if len(jobs) > 1:
         summary = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
         with atomic(folder / "results.json") as f:
-            json.dump(metrics.jsonable({"metrics": {k: {"mean": m, "std": s} for k, (m, s) in summary.items()}, "args": settings(a, a.seeds),
-                                        "runs": [r["metrics"] for r in results], "environment": results[0]["environment"]}), f, indent=1)
-        print(f"{a.method}: " + "  ".join(f"{k} {m:.2f} +- {s:.2f}" for k, (m, s) in summary.items()) + f"  ({len(jobs)} runs)")
+            json.dump(metrics.jsonable({
+                "metrics": {k: {"mean": m, "std": s} for k, (m, s) in summary.items()}, "runs": [r["metrics"] for r in results],
+                "args": settings(a, a.folds, a.seeds), "environment": results[0]["environment"]}), f, indent=1)
+        print(f"{a.method} on {a.data}: " + "  ".join(f"{k} {m:.2f} +- {s:.2f}" for k, (m, s) in summary.items())
+              + f"  {len(jobs)} runs  {sum(r['minutes'] for r in results):.1f} min")
     return results
 
 
 def make_stream(a, fold, seed):
-    return affect_stream(a.data, a.patterns, a.root, a.samples, fold, seed, a.max_length, SMOKE_WORLD if a.smoke else None)
+    world = SMOKE_WORLD if a.smoke else None
+    return affect_stream(a.data, a.patterns, a.root, a.samples, fold, seed, a.max_length, world)
 
 
 def print_config(a, stream):
-    names = [stream.tasks[k].name for k in a.order]
-    net = make_backbone(a, stream)
-    learner = METHODS[a.method](net, Store(stream, a.patterns), a)
-    count, backbone = (sum(p.numel() for p in x.parameters() if p.requires_grad or x is net) for x in (learner, net))
-    print(f"missing modalities (arXiv 2503.00528)   method {a.method}   backbone {a.backbone} {a.layers}+{a.fusion_layers} "
+    extra, task = stream.extra, stream.tasks[0]
+    learner = METHODS[a.method](make_backbone(a, stream), Store(stream, a.patterns), a)
+    count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    backbone = sum(p.numel() for p in learner.net.parameters())
+    print(f"missing modalities (arXiv 2503.00528v1)   method {a.method}   backbone {a.backbone}, {a.layers}+{a.fusion_layers} "
           f"layers, D {a.width}\n"
-          f"data      {stream.extra['version']}: " + ", ".join(f"{m} {stream.extra['lengths'][m]}x{stream.extra['dims'][m]}" for m in MODALITIES)
-          + f"; {len(stream.tasks[0].train)} train, {len(stream.tasks[0].val)} val, {len(stream.tasks[0].test)} test per task, {a.samples}\n"
-          f"tasks     {' -> '.join(names)}   (a audio, v video, l text: what is available)\n"
-          f"learned   {count} of {backbone} parameters ({100 * count / backbone:.1f} %)   lr {a.lr:g}, batch {a.batch}, {a.epochs} epochs"
-          f"   weight {learner.strength:g}" + (f"   buffer {a.buffer}" if learner.buffered else "") + "\n"
-          f"protocol  the pattern is seen in the input, no other task id at test; select on validation, report test; "
-          f"seeds {' '.join(map(str, a.seeds))}; torch {torch.__version__}, {a.device}, {a.dtype}")
-    print("\n".join(stream.notes), end="\n" if stream.notes else "")
-
-
-def last_line(a, r, which):
-    return (f"{a.method} on {a.data}: " + "  ".join(f"{k} {v:.2f}" for k, v in r["metrics"].items())
-            + f"  {which}  {r['minutes']:.1f} min  peak {r['peak_memory_mb']:.0f} MiB")
+          f"data      {extra['version']}: " + ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
+          + f"; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test per task, {a.samples}\n"
+          f"tasks     {' -> '.join(stream.tasks[k].name for k in a.order)}   (what is available: a audio, v video, l text)\n"
+          f"learned   {count} of {backbone} parameters, {100 * count / backbone:.1f} %; lr {a.lr:g}, batch {a.batch}, "
+          f"{a.epochs} epochs, weight {learner.strength:g}" + (f", buffer {a.buffer}" if learner.buffered else "") + "\n"
+          f"protocol  no task id at test but the pattern, which the input shows; select on validation, report test\n"
+          f"runs      seeds {' '.join(map(str, a.seeds))}; torch {torch.__version__}, {a.device}, {a.dtype}")
+    for note in stream.notes:
+        print(note)
 
 
 # -------------------------------------------------------------------------------------- tables of the paper, and speed
-# The paper's numbers on CMU-MOSI: (AA, FM).
+# (row, changed settings, the paper's AA and FM on CMU-MOSI)
 METHOD_ROWS = [
-    ("iCaRL, buffer 250", {"method": "icarl"}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem"}, (63.18, 4.10)),
-    ("ER, buffer 250", {"method": "er"}, (65.78, 3.44)), ("DER++, buffer 250", {"method": "derpp"}, (64.62, 2.74)),
-    ("iCaRL, buffer 500", {"method": "icarl", "buffer": 500}, (66.81, 2.01)),
-    ("A-GEM, buffer 500", {"method": "agem", "buffer": 500}, (65.12, 2.88)),
-    ("ER, buffer 500", {"method": "er", "buffer": 500}, (68.91, 1.12)),
-    ("DER++, buffer 500", {"method": "derpp", "buffer": 500}, (67.02, 0.69)),
-    ("EWC", {"method": "ewc"}, (66.44, 1.75)), ("LwF", {"method": "lwf"}, (64.56, 2.97)), ("L2P", {"method": "l2p"}, (63.79, 2.67)),
-    ("DualPrompt", {"method": "dualprompt"}, (67.23, 0.73)), ("S-Prompts", {"method": "sprompts"}, (64.83, 3.57)),
-    ("MPLMM", {"method": "mplmm"}, (70.35, 2.18)), ("Ours", {}, (71.87, -0.15)),
-    ("Lower bound", {"method": "finetune"}, (62.34, 6.18)), ("Upper bound", {"method": "joint"}, (71.19, None)),
-    ("Upper bound (ours)", {"method": "joint-prompts"}, (73.20, None)), ("frozen, no prompts", {"method": "none"}, (None, None))]
-_no = {"pairs": "none"}                                              # Table 3 is without the task interaction loss
-TABLES = {
-    "2": ("Table 2: all methods", METHOD_ROWS),
-    "3": ("Table 3: kinds of prompts, without task interaction", [
-        ("none (lower bound)", {"method": "finetune"}, (62.34, 6.18)), ("MS", {"prompts": ["MS"], **_no}, (64.07, 4.01)),
-        ("TA", {"prompts": ["TA"], **_no}, (66.21, 3.24)), ("TS", {"prompts": ["TS"], **_no}, (68.01, 1.27)),
-        ("MS TA", {"prompts": ["MS", "TA"], **_no}, (69.16, 2.08)), ("MS TS", {"prompts": ["MS", "TS"], **_no}, (70.34, 0.74)),
-        ("TA TS", {"prompts": ["TA", "TS"], **_no}, (70.51, 0.31)), ("MS TA TS", _no, (70.91, 0.13))]),
-    "4": ("Table 4: task interaction", [
-        ("without", _no, (70.91, 0.13)), ("without l(i,j), l(j,i)", {"pairs": "second"}, (71.14, 0.09)),
-        ("without l(m,n), l(n,m)", {"pairs": "first"}, (71.42, 0.06)),
-        ("lambda 0.5, gamma x1 (our choice)", {"trade_off": 0.5}, (71.52, 0.04)),
-        ("lambda 2, gamma x1 (our choice)", {"trade_off": 2.0}, (71.69, 0.01)),
-        ("lambda 1, gamma x5 (our choice)", {"weight_times": 5.0}, (71.58, -0.04)), ("default", {}, (71.87, -0.15))]),
-    "5": ("Table 5: order of the kinds", [(" ".join(s), {"sequence": list(s)}, v) for s, v in zip(
-        itertools.permutations(KINDS), ((71.87, -0.15), (70.96, -0.03), (71.23, 0.06), (70.57, 0.04), (70.00, 0.10), (69.98, 0.28)))]),
-    "6": ("Table 6: where the prompts are attached (rows 3 and 4 of the paper lost their labels)", [
-        ("back layers: 3 4 5", {"start": 2}, (70.06, 0.23)), ("front layers: 1 2 3", {}, (71.87, -0.15)),
-        ("N 2 1 1, layers 1-4 (our choice)", {"depths": [2, 1, 1]}, (71.10, 0.07)),
-        ("N 1 2 2, layers 1-5 (our choice)", {"depths": [1, 2, 2]}, (71.42, -0.09))]),
-    "fig5": ("Figure 5: prompt length (no numbers in the paper: rises, then falls, peak at 16)", [
-        (f"L = {n}", {"length": n}, (None, None)) for n in (1, 2, 4, 8, 16, 24, 32, 48)])}
+    ("iCaRL, buffer 250", {"method": "icarl"}, 64.12, 3.49), ("A-GEM, buffer 250", {"method": "agem"}, 63.18, 4.10),
+    ("ER, buffer 250", {"method": "er"}, 65.78, 3.44), ("DER++, buffer 250", {"method": "derpp"}, 64.62, 2.74),
+    ("iCaRL, buffer 500", {"method": "icarl", "buffer": 500}, 66.81, 2.01),
+    ("A-GEM, buffer 500", {"method": "agem", "buffer": 500}, 65.12, 2.88),
+    ("ER, buffer 500", {"method": "er", "buffer": 500}, 68.91, 1.12),
+    ("DER++, buffer 500", {"method": "derpp", "buffer": 500}, 67.02, 0.69),
+    ("EWC", {"method": "ewc"}, 66.44, 1.75), ("LwF", {"method": "lwf"}, 64.56, 2.97), ("L2P", {"method": "l2p"}, 63.79, 2.67),
+    ("DualPrompt", {"method": "dualprompt"}, 67.23, 0.73), ("S-Prompts", {"method": "sprompts"}, 64.83, 3.57),
+    ("MPLMM", {"method": "mplmm"}, 70.35, 2.18), ("ours", {"method": "prompts"}, 71.87, -0.15),
+    ("lower bound", {"method": "finetune"}, 62.34, 6.18), ("upper bound", {"method": "joint"}, 71.19, None),
+    ("upper bound (ours)", {"method": "joint-prompts"}, 73.20, None), ("frozen, no prompts", {"method": "none"}, None, None)]
+ALONE = {"pairs": "none"}                                            # without L_con
+TABLES = {                                                           # title, the row others are compared with, rows
+    "2": ("Table 2: all methods", "ours", METHOD_ROWS),
+    "3": ("Table 3: kinds of prompts, without task interaction", "MS TA TS", [
+        ("none (lower bound)", {"method": "finetune"}, 62.34, 6.18), ("MS", {"prompts": ["MS"], **ALONE}, 64.07, 4.01),
+        ("TA", {"prompts": ["TA"], **ALONE}, 66.21, 3.24), ("TS", {"prompts": ["TS"], **ALONE}, 68.01, 1.27),
+        ("MS TA", {"prompts": ["MS", "TA"], **ALONE}, 69.16, 2.08), ("MS TS", {"prompts": ["MS", "TS"], **ALONE}, 70.34, 0.74),
+        ("TA TS", {"prompts": ["TA", "TS"], **ALONE}, 70.51, 0.31), ("MS TA TS", ALONE, 70.91, 0.13)]),
+    "4": ("Table 4: task interaction (the values in the paper's rows 4 to 6 are lost: ours)", "default", [
+        ("without L_con", ALONE, 70.91, 0.13), ("without l(i,j), l(j,i)", {"pairs": "second"}, 71.14, 0.09),
+        ("without l(m,n), l(n,m)", {"pairs": "first"}, 71.42, 0.06), ("lambda 0.5", {"trade_off": 0.5}, 71.52, 0.04),
+        ("lambda 2", {"trade_off": 2.0}, 71.69, 0.01), ("gamma 0.5", {"weight": 0.5}, 71.58, -0.04),
+        ("default", {}, 71.87, -0.15)]),
+    "5": ("Table 5: order of the kinds", "MS TA TS", [
+        ("MS TA TS", {}, 71.87, -0.15), ("MS TS TA", {"sequence": ["MS", "TS", "TA"]}, 70.96, -0.03),
+        ("TA MS TS", {"sequence": ["TA", "MS", "TS"]}, 71.23, 0.06), ("TA TS MS", {"sequence": ["TA", "TS", "MS"]}, 70.57, 0.04),
+        ("TS MS TA", {"sequence": ["TS", "MS", "TA"]}, 70.00, 0.10), ("TS TA MS", {"sequence": ["TS", "TA", "MS"]}, 69.98, 0.28)]),
+    "6": ("Table 6: where prompts are attached (the paper's rows 3 and 4 have lost their labels: ours)", "layers 1 2 3", [
+        ("layers 3 4 5", {"start": 2}, 70.06, 0.23), ("layers 1 2 3", {}, 71.87, -0.15),
+        ("N_M N_A N_S = 2 1 1", {"depths": [2, 1, 1]}, 71.10, 0.07), ("N_M N_A N_S = 1 2 2", {"depths": [1, 2, 2]}, 71.42, -0.09)]),
+    "fig5": ("Figure 5: prompt length (the paper prints no numbers: it rises, falls, and peaks at 16)", "L = 16", [
+        (f"L = {n}", {"length": n}, None, None) for n in (1, 2, 4, 8, 16, 24, 32, 48)])}
 
 
 def run_table(a, folder):
-    """Every row x fold x seed of one table, one folder per run; finished ones are read.  table.json and table.md are
-    rewritten after every run, so that stopping in the middle leaves a table with "not run" in it."""
-    title, rows = TABLES[a.table]
-    done = {label: {} for label, _, _ in rows}
-    jobs = [(f, s, row) for s in a.seeds for f in a.folds for row in rows]
-    streams = functools.lru_cache(1)(lambda f, s: make_stream(a, f, s))
-    bar = tqdm(total=len(jobs), desc=title)
-    for fold, seed, (label, changes, _) in jobs:
-        changes = dict(changes)
-        times = changes.pop("weight_times", None)
-        b = argparse.Namespace(**{**vars(a), **changes, "folds": [fold], "quiet": True, "resume": True})
-        if "method" in changes or times:                             # a given --lr or --weight is the paper method's
-            learner = METHODS[b.method]
-            b.lr = learner.lr if "method" in changes else b.lr
-            b.weight = None if "method" in changes else times * (learner.weight if b.weight is None else b.weight)
-        where = folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}-fold{fold}-seed{seed}"
-        result = read_result(where / "results.json", settings(b, seed))
-        if result is None:
-            result = run_one(b, seed, where, streams(fold, seed))
+    """Every row x fold x seed of one table, a folder per run; finished ones are read, not run.  table.json and table.md
+    are rewritten after every run, so that stopping in the middle leaves a table that says "not run"."""
+    title, reference, rows = TABLES[a.table]
+    done = {label: {} for label, *_ in rows}
+    bar = tqdm(total=len(rows) * len(a.folds) * len(a.seeds), desc=f"table {a.table}")
+    for seed, fold in itertools.product(a.seeds, a.folds):
+        stream = make_stream(a, fold, seed)
+        for label, changes, *_ in rows:
+            b = argparse.Namespace(**{**vars(a), **changes, "quiet": True, "resume": True})
+            if "method" in changes:                                  # --lr and --weight are meant for the paper's method
+                b.lr, b.weight = (a.lr, a.weight) if b.method == a.method else (METHODS[b.method].lr, None)
+            where = folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}-fold{fold}-seed{seed}"
+            result = finished(where, settings(b, fold, seed)) or run_one(b, fold, seed, where, stream)
             (where / "checkpoint.pt").unlink(missing_ok=True)
-        done[label][fold, seed] = result
-        bar.update()
-        bar.set_postfix_str(f"{label}, seed {seed}: AA {result['metrics']['AA']:.1f}")
-        text = write_table(a, folder, title, rows, done, len(a.folds) * len(a.seeds))
+            done[label][fold, seed] = result
+            bar.update()
+            bar.set_postfix_str(f"{label}, seed {seed}: AA {result['metrics']['AA']:.1f}")
+            text = write_table(a, folder, done)
     bar.close()
     print(text)
 
 
-def read_result(path, args):
+def finished(folder, args):
     """results.json of a finished run with these args, or None."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads((folder / "results.json").read_text())
         return result if result["args"] == metrics.jsonable(args) else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def write_table(a, folder, title, rows, done, wanted):
-    """table.json and table.md: mean +- std, the paper's numbers, and the paired difference to the paper's method."""
-    reference = next((label for label, changes, _ in rows if label in ("Ours", "default", "front layers: 1 2 3", "L = 16",
-                                                                        "MS TA TS", " ".join(KINDS))), rows[-1][0])
-    lines = [f"{title}; data {a.data}, {a.epochs} epochs, folds {' '.join(map(str, a.folds))}, seeds {' '.join(map(str, a.seeds))}", "",
-             f"| | AA | FM max | FM diag | AA minus {reference} (wins, p) | runs | paper AA | paper FM |", "|---|---|---|---|---|---|---|---|"]
-    table = []
-    for label, changes, paper in rows:
-        runs = done[label]
-        row = {"label": label, "changes": changes, "paper_AA": paper[0], "paper_FM": paper[1], "runs": len(runs)}
-        cells = ["not run"] * 4
+def write_table(a, folder, done):
+    """table.json and table.md: mean +- std (ddof 1), the paired difference to the reference row, the paper's numbers."""
+    title, reference, rows = TABLES[a.table]
+    lines = [f"{title}; {a.data}, {a.epochs} epochs, folds {' '.join(map(str, a.folds))}, seeds "
+             f"{' '.join(map(str, a.seeds))}; +- over runs, p: sign-flip test over pairs", "",
+             f"| | AA | FM max | FM diag | AA - {reference} (wins, p) | runs | paper's AA | FM |", "|---|---|---|---|---|---|---|---|"]
+    table, show = [], lambda x: "-" if x is None else f"{x:.2f}"
+    for label, changes, *paper in rows:
+        runs, cells = done[label], ["not run"] * 4
+        row = {"label": label, "changes": changes, "paper": paper, "runs": [list(k) for k in runs],
+               "minutes": sum(r["minutes"] for r in runs.values())}
         if runs:
-            for k in ("AA", "FM_max", "FM_diag"):
-                values = [r["metrics"][k] for r in runs.values() if k in r["metrics"]]
-                row[k] = dict(zip(("mean", "std"), metrics.mean_std(values)), values=values) if values else None
-            cells = [f"{row[k]['mean']:.2f} +- {row[k]['std']:.2f}" if row[k] else "-" for k in ("AA", "FM_max", "FM_diag")]
-            both = [k for k in runs if k in done[reference] and label != reference]
-            row["against"] = metrics.paired(*([done[x][k]["metrics"]["AA"] for k in both] for x in (label, reference))) if both else None
-            cells.append(f"{row['against']['difference']:+.2f} ({row['against']['wins']}/{row['against']['n']}, "
-                         f"{row['against']['p']:.3f})" if both else "-")
-            row["minutes"] = sum(r["minutes"] for r in runs.values())
-            row["runs_at"] = [list(k) for k in runs]
+            values = {k: [r["metrics"][k] for r in runs.values()] for k in next(iter(runs.values()))["metrics"]}
+            row |= {k: {"mean": metrics.mean_std(v)[0], "std": metrics.mean_std(v)[1], "values": v} for k, v in values.items()}
+            cells = [f"{row[k]['mean']:.2f} +- {row[k]['std']:.2f}" if k in row else "-" for k in ("AA", "FM_max", "FM_diag")]
+            both = [k for k in runs if k in done[reference]] if label != reference else []
+            if both:
+                d = row["against"] = metrics.paired(*([done[x][k]["metrics"]["AA"] for k in both] for x in (label, reference)))
+                cells.append(f"{d['difference']:+.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
+            else:
+                cells.append("-")
         table.append(row)
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {len(runs)}/{wanted} | "
-                     + " | ".join("-" if x is None else f"{x:.2f}" for x in paper) + " |")
-    ours = [r for label in done if "TA" in label or label in ("Ours", "default") for r in done[label].values()]
-    if ours and "task_aware_cosine" in ours[0] and a.table == "2":
-        cosine = np.mean([r["task_aware_cosine"] for r in done["Ours"].values()], 0)
-        metrics.heat_map(cosine, folder / "task_aware_cosine.png", *[list(map(pattern_name, a.patterns))] * 2,
-                         "cosine of the task-aware prompts z_t, mean over runs", -1.0, 1.0)
-        table.append({"label": "task_aware_cosine", "matrix": cosine})
-    environment = next((r["environment"] for x in done.values() for r in x.values()), {})
+        lines.append(f"| {label} | {' | '.join(cells)} | {len(runs)}/{len(a.folds) * len(a.seeds)} | "
+                     f"{' | '.join(map(show, paper))} |")
+    cosines = [r["task_aware_cosine"] for r in done[reference].values() if "task_aware_cosine" in r]
+    if cosines:
+        cosine_map(a, np.mean(cosines, 0), folder / "task_aware_cosine.png")
+    environment = next(r["environment"] for runs in done.values() for r in runs.values())
     with atomic(folder / "table.json") as f:
-        json.dump(metrics.jsonable({"title": title, "rows": table, "args": settings(a, a.seeds), "environment": environment}), f, indent=1)
+        json.dump(metrics.jsonable({"title": title, "rows": table, "task_aware_cosine": np.mean(cosines, 0) if cosines else None,
+                                    "args": settings(a, a.folds, a.seeds), "environment": environment}), f, indent=1)
     with atomic(folder / "table.md") as f:
         f.write("\n".join(lines) + "\n")
     return "\n".join(lines)
 
 
 def bench(a, steps=30):
-    """Step time, memory kept for the backward pass, and parameters: against the frozen backbone without prompts."""
+    """Step time, memory kept for the backward pass, and parameters, against the frozen backbone without prompts."""
     stream = make_stream(a, a.folds[0], a.seeds[0])
     rows = torch.as_tensor(stream.tasks[0].train.rows[:a.batch], device=a.device)
     wait = torch.cuda.synchronize if a.device.startswith("cuda") else lambda: None
-    table = {}
+    base = None
     for name in dict.fromkeys(("none", a.method, "finetune")):
-        learner = METHODS[name](make_backbone(a, stream), Store(stream, a.patterns), a).to(a.device)
-        count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-        learner.train()
-        kept = {}
+        learner = METHODS[name](make_backbone(a, stream).to(a.device), Store(stream, a.patterns, a.device), a).to(a.device)
+        count, kept, times = sum(p.numel() for p in learner.parameters() if p.requires_grad), {}, []
         note = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
-        times = []
+        learner.train()
         for i in range(steps + 5):
             wait()
             start = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x) if i == 0 else contextlib.nullcontext(), \
                     torch.set_grad_enabled(count > 0):
-                loss = learner.loss(learner.store.batch(rows, 0))
+                loss = learner.loss(learner.store.batch(rows, a.order[0]))
                 if count:
                     learner.zero_grad()
                     loss.backward()
             wait()
-            times.append(time.perf_counter() - start)
-        backbone = sum(p.numel() for p in learner.net.parameters())
-        table[name] = {"step_ms": 1e3 * float(np.median(times[5:])), "kept_mib": sum(kept.values()) / 2 ** 20 if count else 0.0,
-                       "trainable": count, "share": 100 * count / backbone}
-    base = table["none"]["step_ms"]
-    print(f"batch {len(rows)}, complete modalities, {a.data}, backbone {a.backbone} with {backbone} parameters, {a.device}, "
-          f"{torch.get_num_threads()} threads\n{'':12} ms/step   x frozen   samples/s   MiB for backward   trainable")
-    for name, r in table.items():
-        print(f"{name:12} {r['step_ms']:7.1f}   {r['step_ms'] / base:8.1f}   {1e3 * len(rows) / r['step_ms']:9.0f}   "
-              f"{r['kept_mib']:16.1f}   {r['trainable']} ({r['share']:.2f} %)" + ("   forward only" if name == "none" else ""))
-    return table
+            times.append(1e3 * (time.perf_counter() - start))
+        backbone, ms = sum(p.numel() for p in learner.net.parameters()), float(np.median(times[5:]))
+        if base is None:
+            base = ms
+            print(f"batch {len(rows)}, {a.data}, backbone {a.backbone} with {backbone} parameters, {a.device}, "
+                  f"{torch.get_num_threads()} threads\n{'':14}ms/step  x frozen  samples/s  MiB for backward  trainable")
+        print(f"{name:12}{ms:9.1f}  {ms / base:8.1f}  {1e3 * len(rows) / ms:9.0f}  {sum(kept.values()) / 2 ** 20:16.1f}  "
+              f"{count} ({100 * count / backbone:.2f} %)" + ("  forward only" if not count else ""))
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 SMOKE_WORLD = {"train": 64, "val": 64, "test": 96, "upstream": 256, "upstream_val": 64}
 
 
-def settings(a, seed):
+def settings(a, fold, seed):
     """What decides the outcome of a run, as a flat dict."""
-    skip = {"seeds", "out", "resume", "quiet", "table", "bench", "patterns"}
-    return {**{k: v for k, v in sorted(vars(a).items()) if k not in skip}, "seed": seed}
+    skip = {"folds", "seeds", "out", "resume", "quiet", "table", "bench", "patterns"}
+    return {**{k: v for k, v in sorted(vars(a).items()) if k not in skip}, "fold": fold, "seed": seed}
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Continual adaptation to missing modalities with prompts (arXiv 2503.00528).")
     add, yes = p.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="mini", help="mini (default), mini4 (four classes), mosi, mosei, sims, iemocap with --root, or <file>.npz")
+    add("--data", default="mini", help="mini (default), mini4 (four classes), <file>.npz, or mosi, mosei, sims, iemocap with --root")
     add("--root", help="folder (or file) of mosi, mosei, sims, iemocap")
-    add("--folds", type=int, nargs="+", default=[0], help="folds of <file>.npz, or IEMOCAP's cross-validation sets, from 0")
-    add("--samples", default="shared", choices=("shared", "disjoint"), help="do the tasks mask the same utterances, or own ones (open in the paper)")
-    add("--max-length", type=int, default=50, help="longer sequences are averaged over this many windows")
-    add("--order", type=int, nargs="+", help="order of arrival of Table 1's tasks, from 0 (default: as numbered)")
-    add("--method", default="prompts", choices=list(METHODS), help="prompts = the paper's (default), its bounds, and baselines")
-    add("--backbone", default="msa", choices=list(BACKBONES), help="msa: self-attention encoders; mult: MulT's crossmodal layers")
-    add("--width", type=int, default=30, help="d of the prompts and the backbone, 30 in the paper")
+    add("--folds", type=int, nargs="+", default=[0], help="of <file>.npz, or IEMOCAP's cross-validation sets; from 0")
+    add("--samples", default="shared", choices=("shared", "disjoint"), help="do tasks mask the same utterances or own ones (open)")
+    add("--max-length", type=int, default=50, help="longer sequences are averaged over that many windows (real data)")
+    add("--order", type=int, nargs="+", help="order in which Table 1's tasks arrive, from 0; default as numbered")
+    add("--method", default="prompts", choices=list(METHODS), help="prompts = the paper's (default); its bounds; baselines")
+    add("--backbone", default="msa", choices=list(BACKBONES), help="msa: self-attention encoders; mult: crossmodal ones (open)")
+    add("--width", type=int, default=30, help="D of prompts and backbone; paper 30")
     add("--heads", type=int, default=5)
-    add("--layers", type=int, default=5, help="MSA layers per modality (open in the paper)")
+    add("--layers", type=int, default=5, help="MSA layers of each modality (open in the paper)")
     add("--fusion-layers", type=int, default=3, help="layers over the three sequences together (open in the paper)")
-    add("--dropout", type=float, default=0.1, help="in the backbone, while it trains")
+    add("--dropout", type=float, default=0.1, help="in the backbone, while it learns")
     add("--pre-epochs", type=int, default=20, help="epochs of pre-training on complete modalities")
-    add("--length", type=int, default=16, help="prompt length, 16 in the paper (Figure 5)")
-    add("--prompts", nargs="*", default=list(KINDS), choices=KINDS, help="kinds attached (Table 3)", metavar="KIND")
-    add("--sequence", nargs=3, default=list(KINDS), choices=KINDS, help="their order, MS TA TS in the paper (Table 5)", metavar="KIND")
-    add("--depths", nargs=3, type=int, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"), help="layers with each kind (values lost in the paper)")
+    add("--length", type=int, default=16, help="prompt length L; paper 16 (Figure 5)")
+    add("--prompts", nargs="*", default=list(KINDS), choices=KINDS, metavar="KIND", help="kinds attached, of MS TA TS (Table 3)")
+    add("--sequence", nargs=3, default=list(KINDS), choices=KINDS, metavar="KIND", help="their order; paper MS TA TS (Table 5)")
+    add("--depths", nargs=3, type=int, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"), help="layers that carry each kind (lost)")
     add("--start", type=int, default=0, help="first layer with a prompt, from 0 (Table 6)")
-    add("--keep", action=yes, default=False, help="prompts stay in the sequence instead of being dropped after their layer (open in the paper)")
-    add("--keys", default="shared", choices=("shared", "modality"), help="one pair of missing keys, or one per modality (open in the paper)")
-    add("--init-std", type=float, default=0.02, help="spread of the prompts at the start (open in the paper)")
-    add("--pairs", default="both", choices=("both", "first", "second", "none"), help="positive pairs of Eq. 7 (Table 4): first = (i,j), second = (m,n)")
-    add("--trade-off", type=float, default=1.0, help="lambda of Eq. 7 (value lost in the paper)")
-    add("--tau", type=float, default=0.5, help="temperature of Eq. 6 (value lost in the paper)")
-    add("--gamma", "--weight", dest="weight", type=float, help="gamma of Eq. 8; of a baseline, the weight of its own term (alpha of DER++, "
-        "lambda of EWC, LwF, iCaRL, L2P, DualPrompt); default: tuned per method")
-    add("--buffer", type=int, default=250, help="samples that iCaRL, A-GEM, ER, DER++ keep: 250 and 500 in the paper")
+    add("--keep", action=yes, default=False, help="prompts stay in the sequence; default: dropped after their layer (open)")
+    add("--keys", default="shared", choices=("shared", "modality"), help="one pair of missing keys, or one per modality (open)")
+    add("--init-std", type=float, default=0.02, help="spread of the prompts at the start (open)")
+    add("--pairs", default="both", choices=("both", "first", "second", "none"), help="pairs in Eq. 7: (i,j), (m,n) (Table 4)")
+    add("--trade-off", type=float, default=1.0, help="lambda of Eq. 7 (value lost)")
+    add("--tau", type=float, default=0.5, help="temperature of Eq. 6 (value lost)")
+    add("--gamma", "--weight", dest="weight", type=float, help="gamma of Eq. 8 (value lost); for a baseline the weight of its own "
+        "term: DER++ alpha, EWC lambda, iCaRL, LwF, L2P, DualPrompt; default tuned per method")
+    add("--buffer", type=int, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250 and 500")
     add("--epochs", type=int, help="per task; default 30 as in the paper, 6 on mini")
-    add("--batch", type=int, default=64)
-    add("--lr", type=float, help="Adam's learning rate (value lost in the paper); default: tuned per method")
-    add("--clip", type=float, default=0.8, help="gradient norm limit")
+    add("--batch", type=int, default=64, help="paper 64")
+    add("--lr", type=float, help="Adam's learning rate (value lost); default tuned per method")
+    add("--clip", type=float, default=0.8, help="limit of the gradient norm")
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--device", help="cuda, mps or cpu; default: the first there is")
+    add("--device", help="cuda, mps or cpu; default the first there is")
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--smoke", action=yes, default=False, help="a tiny world and two epochs: does everything run?")
     add("--resume", action=yes, default=False, help="go on from the last finished epoch")
     add("--out", help="folder of the run; default runs/missing_prompt-<method>")
-    add("--table", choices=list(TABLES), help="run every row of that table of the paper and print it beside the paper's numbers")
+    add("--table", choices=list(TABLES), help="run every row of that table of the paper, print it beside the paper's numbers")
     add("--bench", action=yes, default=False, help="time, memory and parameters against the frozen backbone without prompts")
     return p.parse_args(argv)
 
@@ -1197,35 +1197,38 @@ def arguments(argv=None):
 def resolve(a):
     """Fill in what depends on other arguments, and check.  Raises InputError."""
     a.patterns, a.quiet = PATTERNS, False
-    learner, mini = METHODS[a.method], a.data in ("mini", "mini4")
-    if a.device is None:
-        a.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    a.order = list(range(len(a.patterns))) if a.order is None else a.order
-    if sorted(a.order) != list(range(len(a.patterns))):
-        raise InputError(f"--order needs each of 0..{len(a.patterns) - 1} once, not {' '.join(map(str, a.order))}")
-    if sorted(a.sequence) != sorted(KINDS):
-        raise InputError(f"--sequence needs each of {' '.join(KINDS)} once, not {' '.join(a.sequence)}")
+    T, learner = len(a.patterns), METHODS[a.method]
+    a.device = a.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    a.order = list(range(T)) if a.order is None else a.order
     if a.smoke:
-        a.epochs, a.pre_epochs = a.epochs or 2, min(a.pre_epochs, 2)
-    a.epochs = a.epochs or (6 if mini else 30)
+        a.epochs, a.pre_epochs = 2 if a.epochs is None else a.epochs, min(a.pre_epochs, 2)
+    a.epochs = (6 if a.data in ("mini", "mini4") else 30) if a.epochs is None else a.epochs
     a.lr = learner.lr if a.lr is None else a.lr
-    for name in ("epochs", "pre_epochs", "batch", "length", "width", "heads", "layers", "fusion_layers", "buffer", "max_length", "lr", "tau", "clip"):
+    for option, values, wanted in (("order", a.order, range(T)), ("sequence", a.sequence, KINDS)):
+        if sorted(values) != sorted(wanted):
+            raise InputError(f"--{option} needs each of {' '.join(map(str, wanted))} once, not {' '.join(map(str, values))}")
+    for name in "epochs pre_epochs batch length width heads layers fusion_layers buffer max_length lr tau clip".split():
         if not getattr(a, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
-    if min(a.depths) < 0 or a.start < 0:
+    if min(*a.depths, a.start) < 0:
         raise InputError("--depths and --start must not be negative")
     if len({*a.seeds}) < len(a.seeds) or len({*a.folds}) < len(a.folds):
         raise InputError("--seeds and --folds must not repeat a number: the same run twice is no second measurement")
+    try:
+        torch.device(a.device)
+    except RuntimeError:
+        raise InputError(f"--device is cuda, cuda:<n>, mps or cpu, not {a.device!r}") from None
     return a
 
 
 def main(argv=None):
     a = resolve(arguments(argv))
     if a.bench:
-        return bench(a)
-    if a.table:
-        return run_table(a, Path(a.out or f"runs/missing_prompt-table{a.table}"))
-    return run_seeds(a, Path(a.out or f"runs/missing_prompt-{a.method}"))
+        bench(a)
+    elif a.table:
+        run_table(a, Path(a.out or f"runs/missing_prompt-table{a.table}"))
+    else:
+        run_seeds(a, Path(a.out or f"runs/missing_prompt-{a.method}"))
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ def test_missing_gradients_frozen_parts_and_batch_invariance(method):
         whole = mp.predict(learner, torch.arange(8), task)
         assert torch.allclose(whole, mp.predict(learner, torch.arange(8), task, size=1), atol=1e-5)
         assert torch.allclose(whole.flip(0), mp.predict(learner, torch.arange(8).flip(0), task), atol=1e-5)
-        if method not in ("dualprompt", "sprompts"):
+        if method not in ("l2p", "dualprompt", "sprompts"):                # those look their query up by task
             mixed = learner.output(learner.store.batch(torch.arange(8), torch.full((8,), task)))
             assert torch.allclose(whole, mixed, atol=1e-5)
 
@@ -659,7 +659,7 @@ def test_missing_reads_npz(tmp_path):
 def test_missing_resume_gives_the_same_matrix(tmp_path, monkeypatch, method):
     a = missing_args("--method", method)
     stream = affect_stream("mini", a.patterns, world=MISSING_WORLD)
-    whole = mp.run_one(a, 0, tmp_path / "whole", stream)
+    whole = mp.run_one(a, 0, 0, tmp_path / "whole", stream)
     a.resume = True
     real, calls = metrics.Run.checkpoint, itertools.count(1)
 
@@ -670,22 +670,22 @@ def test_missing_resume_gives_the_same_matrix(tmp_path, monkeypatch, method):
     monkeypatch.setattr(metrics.Run, "checkpoint", stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            mp.run_one(a, 0, tmp_path / "parts", stream)
-    parts = mp.run_one(a, 0, tmp_path / "parts", stream)
+            mp.run_one(a, 0, 0, tmp_path / "parts", stream)
+    parts = mp.run_one(a, 0, 0, tmp_path / "parts", stream)
     assert parts["matrix"] == whole["matrix"] and parts["metrics"] == whole["metrics"]
     log = [(tmp_path / d / "log.jsonl").read_text().splitlines() for d in ("whole", "parts")]
     assert [json.loads(x)["loss"] for x in log[0]] == [json.loads(x)["loss"] for x in log[1]] and len(log[0]) == 14
     A = np.array(whole["matrix"], float)
     assert np.isnan(A[np.triu_indices(7, 1)]).all() and whole["metrics"]["AA"] == pytest.approx(np.mean(A[-1]))
     with pytest.raises(InputError, match="other arguments: lr"):
-        mp.run_one(argparse.Namespace(**{**vars(a), "lr": 0.5}), 0, tmp_path / "parts", stream)
+        mp.run_one(argparse.Namespace(**{**vars(a), "lr": 0.5}), 0, 0, tmp_path / "parts", stream)
 
 
 def test_missing_run_leaves_everything_and_prompts_load_again(tmp_path):
     from safetensors.torch import load_file
     a = missing_args("--order", "6", "5", "4", "3", "2", "1", "0")
     stream = affect_stream("mini", a.patterns, world=MISSING_WORLD)
-    r = mp.run_one(a, 0, tmp_path, stream)
+    r = mp.run_one(a, 0, 0, tmp_path, stream)
     for name in ("results.json", "matrix.csv", "matrix.png", "log.jsonl", "prompts.safetensors", "checkpoint.pt", "task_aware_cosine.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert r["tasks"] == ["l", "v", "a", "al", "vl", "av", "avl"] and r["trainable"] == 3 * 4 * 30 + 60 + 7 * 4 * 30
@@ -707,17 +707,17 @@ def test_missing_joint_sees_all_tasks_and_nonfinite_loss_stops(tmp_path, monkeyp
     seen = set()
     real = mp.Joint.loss
     monkeypatch.setattr(mp.Joint, "loss", lambda self, b: seen.update(zip(b.rows.tolist(), b.task.tolist())) or real(self, b))
-    r = mp.run_one(a, 0, tmp_path, stream)
+    r = mp.run_one(a, 0, 0, tmp_path, stream)
     assert len(seen) == 24 * 7 and set(r["metrics"]) == {"AA"}
     monkeypatch.setattr(mp.Joint, "loss", lambda self, b: real(self, b) * math.nan)
     with pytest.raises(InputError, match="loss is nan in task all, epoch 1, step 1 at --lr"):
-        mp.run_one(a, 0, tmp_path / "nan", stream)
+        mp.run_one(a, 0, 0, tmp_path / "nan", stream)
 
 
 def test_missing_table_continues_and_says_not_run(tmp_path, monkeypatch):
     a = missing_args("--table", "4", "--smoke", "--epochs", "1")
     monkeypatch.setattr(mp, "SMOKE_WORLD", MISSING_WORLD)
-    monkeypatch.setitem(mp.TABLES, "4", ("short", [row for row in mp.TABLES["4"][1] if row[0] in ("without", "default")]))
+    monkeypatch.setitem(mp.TABLES, "4", ("short", "default", [row for row in mp.TABLES["4"][2] if row[0] in ("without L_con", "default")]))
     real, calls = mp.run_one, []
 
     def once(*x):
@@ -734,12 +734,12 @@ def test_missing_table_continues_and_says_not_run(tmp_path, monkeypatch):
     mp.run_table(a, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert len(counted) == 1 and "not run" not in text and "70.91" in text and "1/1" in text
-    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["runs"] == 1
-    assert {len(rows) for _, rows in [mp.TABLES["3"]]} == {8} and len(mp.TABLES["5"][1]) == 6 and len(mp.TABLES["fig5"][1]) == 8
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["runs"] == [[0, 0]]
+    assert [len(mp.TABLES[k][2]) for k in ("3", "4", "5", "6", "fig5")] == [8, 2, 6, 4, 8]
 
 
 @pytest.mark.parametrize("argv,words", [
-    (["--order", "0", "1"], "--order needs each of 0..6"), (["--sequence", "MS", "MS", "TA"], "--sequence needs each"),
+    (["--order", "0", "1"], "--order needs each of 0 1 2 3 4 5 6"), (["--sequence", "MS", "MS", "TA"], "--sequence needs each"),
     (["--start", "4"], "need 7 layers"), (["--epochs", "-1"], "--epochs must be positive"), (["--width", "31"], "must divide"),
     (["--data", "nope"], "--data is mini"), (["--init-std", "0"], "must be positive"), (["--seeds", "1", "1"], "must not repeat")])
 def test_missing_bad_input_is_one_line(argv, words, capsys, tmp_path):
