@@ -48,7 +48,7 @@ class Stream:
 
 
 # ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
-import io
+import functools                                                     # noqa: E402  imports of this part
 import pickle                                                        # noqa: E402
 from pathlib import Path                                             # noqa: E402
 
@@ -86,7 +86,7 @@ MINI_AFFECT = {
     "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
     "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,          # utterances
     "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},             # how much of the sentiment each modality shows
-    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},  # spread of the speaker's habit, and where it shows
+    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},     # the habit's spread, and where it shows
     "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},              # of the evidence, in units of sentiment (-3..3)
     "relation": 0.5,                                                 # correlation of audio's and text's noise
     "gain": 0.5, "token": 0.25}                                      # evidence in features; noise of every feature
@@ -130,10 +130,11 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
     source      "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
     patterns    sequence of frozensets over MODALITIES, Table 1        root   folder (or file) of the real data
     samples     "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
-    fold        of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0       seed   mini: which utterances
+    fold        of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0     seed   of mini's utterances
     max_length  longer sequences are averaged over that many equal windows        world   changes to MINI_AFFECT
     Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the number of
-    classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities, version, features, label.
+    classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities, version, features,
+    label.
     Raises InputError for a name that is not known, a missing or malformed file.
     """
     if samples not in ("shared", "disjoint"):
@@ -170,7 +171,8 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
              for k, rows in enumerate(splits)]                       # test: always everybody, masked with each pattern
     tasks = [Task(pattern_name(p), *(Utterances(features, label, parts[k][t], frozenset(p)) for k in range(3)))
              for t, p in enumerate(patterns)]
-    empty = [f"{t.name} has no {k} utterances" for t in tasks for k in ("train", "val", "test") if not len(getattr(t, k))]
+    empty = [f"{t.name} has no {k} utterances" for t in tasks for k in ("train", "val", "test")
+             if not len(getattr(t, k))]
     if empty:
         raise InputError(f"--data {source}: task {empty[0]}; use more data or --samples shared")
     return Stream(tasks, notes, extra)
@@ -184,10 +186,11 @@ def _join(raw, max_length, notes):
         for split, part in raw.items():
             x, where = np.asarray(part[m]), part["where"]
             if x.dtype.kind not in "fiu" or x.ndim not in (2, 3):
-                raise InputError(f"{where}: {m} of {split} has type {x.dtype} and shape {x.shape}, expected numbers (N,n,d)")
+                raise InputError(f"{where}: {m} of {split} has type {x.dtype} and shape {x.shape}, "
+                                 "expected numbers (N,n,d)")
             x = x[:, None] if x.ndim == 2 else x
             if len(x) != len(part["label"]):
-                raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, one per label")
+                raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, as labels")
             expected = np.shape(first[m])[-1]
             if x.shape[2] != expected:
                 raise InputError(f"{where}: {m} of {split} has dimension {x.shape[2]}, expected {expected} as in train")
@@ -201,14 +204,14 @@ def _join(raw, max_length, notes):
         features[m] = np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in parts])
     label = np.concatenate([np.asarray(part["label"]) for part in raw.values()])
     if label.dtype.kind == "f" and not np.isfinite(label).all():
-        raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; remove those rows")
+        raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; drop those rows")
     label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
     sizes = [len(part["label"]) for part in raw.values()]
     return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
 
 
 def windows(x, n):
-    """(N,length,d) -> at most n steps: the mean of each of n nearly equal windows; shorter sequences stay as they are."""
+    """(N,length,d) -> at most n steps: the mean of each of n nearly equal windows; shorter ones stay as they are."""
     length = x.shape[1]
     if length <= n:
         return x
@@ -258,12 +261,14 @@ def _take(part, where, split, *names):
 
 def _read_pickles(root, source, fold):
     """MulT's and MMSA's pickles: {split: {text, audio, vision, labels (N,1,1) | regression_labels (N,)}}."""
-    names = {"mosi": ("mosi_data.pkl", "mosi_data_noalign.pkl"), "mosei": ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl"),
-             "sims": ("unaligned_39.pkl", "unaligned.pkl"), "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}[source]
+    names = {"mosi": ("mosi_data.pkl", "mosi_data_noalign.pkl"), "sims": ("unaligned_39.pkl", "unaligned.pkl"),
+             "mosei": ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl"),
+             "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}[source]
     names += ("aligned_50.pkl", "unaligned_50.pkl") if source in ("mosi", "mosei") else ()
     found = [root] if root.is_file() else [f for n in names for f in (root / n, root / "Processed" / n) if f.is_file()]
     if not found:
-        raise InputError(f"{root} has none of {', '.join(names)} (nor Processed/ with one); --root may also be the file itself")
+        raise InputError(f"{root} has none of {', '.join(names)} (nor Processed/ with one); "
+                         "--root may also be the file itself")
     data, raw = read_pickle(found[0]), {}
     for split in ("train", "valid", "test"):
         part = _take(data, found[0], "the file", split) if isinstance(data, dict) else {}
@@ -274,14 +279,15 @@ def _read_pickles(root, source, fold):
             label = label[:, :, 1].argmax(1).astype(np.int64)
         else:
             label = label.reshape(len(label), -1)[:, 0].astype(np.float32)
-        raw[split] = {"audio": _take(part, found[0], split, "audio"), "video": _take(part, found[0], split, "vision", "video"),
-                      "text": _take(part, found[0], split, "text"), "label": label, "where": found[0]}
+        take = functools.partial(_take, part, found[0], split)
+        raw[split] = {"audio": take("audio"), "video": take("vision", "video"), "text": take("text"), "label": label,
+                      "where": found[0]}
     return raw
 
 
 def _read_iemocap(root, source, fold):
-    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.  Needs h5py.
-    A folder without A/, or a file, is read as MulT's 4-class pickle."""
+    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.
+    Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle."""
     if not (root / "A").is_dir():
         return _read_pickles(root, source, fold)
     try:
@@ -301,13 +307,13 @@ def _read_iemocap(root, source, fold):
         labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
         for f in (labels, names):
             if not f.is_file():
-                raise InputError(f"{f} does not exist (--fold {fold} is cross-validation set {cv})")
+                raise InputError(f"{f} does not exist (--folds {fold} is cross-validation set {cv})")
         keys = [k.decode() if isinstance(k, bytes) else str(k) for k in np.load(names).reshape(-1)]
         part = {"label": np.load(labels).argmax(1).astype(np.int64), "where": labels}
         for m, f in opened.items():
             lost = [k for k in keys if k not in f]
             if lost:
-                raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} in {split} are missing)")
+                raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} of {split} lack)")
             rows = [np.asarray(f[k][()], np.float32)[:longest[m]] for k in keys]
             rows = [(x - scale[0]) / scale[1] for x in rows] if m == "audio" else rows
             part[m] = np.stack([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]).astype(np.float32)
@@ -337,7 +343,7 @@ def _read_npz(path, fold):
     else:
         folds = int(which.max()) + 1
         if folds < 3 or not 0 <= fold < folds:
-            raise InputError(f"{path}: fold has {folds} folds; three or more are needed and --fold is one of 0..{folds - 1}")
+            raise InputError(f"{path}: fold has {folds} folds; three or more are needed, --folds is of 0..{folds - 1}")
         rows = {"train": (which != fold) & (which != (fold + 1) % folds) & (which >= 0),
                 "valid": which == (fold + 1) % folds, "test": which == fold}
     for m in MODALITIES:

@@ -6,8 +6,8 @@ Code    none is public.  The formulas of the paper are followed by number; where
         what we do and the flag that changes it.
 
 A model that knows audio, video and text together is frozen.  Then seven tasks arrive: each is one case of missing
-modalities (Table 1).  Three kinds of prompts adapt the model: modality-specific (Eq. 1), task-aware, made from the first
-and from two missing keys (Eq. 2-4), and task-specific (Eq. 5); a contrastive loss on the task-aware ones lets similar
+modalities (Table 1).  Three kinds of prompts adapt the model: modality-specific (Eq. 1), task-aware, made from those
+and two missing keys (Eq. 2-4), and task-specific (Eq. 5); a contrastive loss on the task-aware ones lets similar
 cases help each other (Eq. 6-8).
 
 Shape letters, the same everywhere
@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +50,7 @@ KINDS = ("MS", "TA", "TS")                                           # modality-
 
 
 def mirror_pairs(patterns):
-    """The positive pairs (i,j), (m,n) of Eq. 7, from 0: patterns that become each other when audio and text are swapped.
+    """The positive pairs (i,j), (m,n) of Eq. 7, from 0: patterns that turn into each other when audio and text swap.
 
     First the pair with two modalities, then the pair with one; None where `patterns` does not hold both members.
     """
@@ -64,7 +63,7 @@ class MissingPrompts(nn.Module):
     """The three kinds of prompts and where they are attached.  Sections 3.2, Eq. 1-5.
 
     patterns   T frozensets of available modalities; a task is a pattern, so its number t is visible in the input
-    sequence   the order of the kinds from the first layer on (Table 5)      depths   N_M, N_A, N_S (by kind, not by place)
+    sequence   the order of the kinds from the first layer on (Table 5)      depths   N_M, N_A, N_S: by kind, not place
     kinds      the kinds that are attached; a kind left out leaves its layers without prompt (Table 3)
     start      the first layer with a prompt, from 0 (Table 6)               layers   MSA layers of each modality
     keys       "shared": one k_miss and one k_avail; "modality": a pair for each modality
@@ -98,7 +97,7 @@ class MissingPrompts(nn.Module):
 
     def task_aware(self, t=slice(None)):
         """P_A(t) (L,D) for a number, (B,L,D) for (B,) task numbers, (T,L,D) without argument.                Eq. 2-3"""
-        # P_A^m(t) = [ e_m(t) k_miss + (1 - e_m(t)) k_avail ] (.) P^m      (.) elementwise, the key broadcast over L  Eq. 2
+        # P_A^m(t) = [ e_m(t) k_miss + (1 - e_m(t)) k_avail ] (.) P^m    (.) elementwise, the key broadcast to L  Eq. 2
         e = self.missing[t][..., None]                                                  # (..,M,1)
         key = e * self.k_miss + (1 - e) * self.k_avail                                  # (..,M,D)
         # P_A(t) = sum_m P_A^m(t)                                                                               Eq. 3
@@ -131,7 +130,7 @@ class MissingPrompts(nn.Module):
 
 
 def nt_xent(z, i, j, tau=0.5):
-    """The modified NT-Xent loss of the positive pair (i,j) among all task-aware prompts z (T,D), a scalar.      Eq. 6"""
+    """The modified NT-Xent loss of the positive pair (i,j) among all task-aware prompts z (T,D), a scalar.     Eq. 6"""
     # l(i,j) = -log  exp(sim(z_i,z_j)/tau) / sum_k 1[k != i] exp(sim(z_i,z_k)/tau),   sim = cosine               Eq. 6
     sim = F.cosine_similarity(z[i], z, dim=-1) / tau                                    # (D,) (T,D) -> (T,)
     others = torch.arange(len(z), device=z.device) != i                                 # the positive stays in the sum
@@ -139,14 +138,14 @@ def nt_xent(z, i, j, tau=0.5):
 
 
 def task_interaction_loss(z, pairs=((1, 2), (4, 6)), trade_off=1.0, tau=0.5):
-    """The contrastive task interaction loss on z (T,D), a scalar; a pair that is None is left out (Table 4).    Eq. 7"""
+    """The contrastive task interaction loss on z (T,D), a scalar; a pair that is None is left out (Table 4).   Eq. 7"""
     # L_con = [l(i,j) + l(j,i)] + lambda [l(m,n) + l(n,m)]                                                        Eq. 7
     weights = (1.0, trade_off)
     terms = [w * (nt_xent(z, *pair, tau) + nt_xent(z, *pair[::-1], tau)) for w, pair in zip(weights, pairs) if pair]
     return sum(terms, z.new_zeros(()))
 
 
-# ----------------------------------------------------------------------------------- the backbone they are injected into
+# ---------------------------------------------------------------------------------- the backbone they are injected into
 
 
 class MSALayer(nn.Module):
@@ -179,7 +178,7 @@ class MSALayer(nn.Module):
         if prompt is not None:
             to_k, to_v = keys_values(pk)                                                # 2 x (1|B,H,L,D/H)
             to_v = to_v if pv is pk else keys_values(pv)[1]
-            k, v = (torch.cat([p.expand(len(h), -1, -1, -1), x], 2) for p, x in ((to_k, k), (to_v, v)))   # (B,H,L+n,D/H)
+            k, v = (torch.cat([p.expand(len(h), -1, -1, -1), x], 2) for p, x in ((to_k, k), (to_v, v)))  # (B,H,L+n,.)
         att = F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate if self.training else 0.0)
         drop = lambda x: F.dropout(x, self.rate, self.training)
         h = h + drop(self.out(att.transpose(1, 2).flatten(2)))
@@ -208,8 +207,8 @@ class Head(nn.Module):
 class MultimodalTransformer(nn.Module):
     """The backbone: a self-attention encoder per modality, then self-attention over the three sequences together.
 
-    dims {m: feature dimension}, outputs C.  The paper says "the multimodal transformer", writes MSA_i^a, MSA_i^v, MSA_i^l
-    and 2-3 % trainable parameters; this reading fits all three (--backbone mult is the other).
+    dims {m: feature dimension}, outputs C.  The paper says "the multimodal transformer", writes MSA_i^a, MSA_i^v,
+    MSA_i^l and 2-3 % trainable parameters; this reading fits all three (--backbone mult is the other).
     """
 
     def __init__(self, dims, outputs, width=30, heads=5, layers=5, fusion=3, dropout=0.1):
@@ -230,7 +229,7 @@ class MultimodalTransformer(nn.Module):
         """h {m: (B,n,D)} from embed, prompts: one entry per layer and fusion layer or None -> (B,D) read at position 0.
 
         A modality that is missing in the whole batch comes as one row: its stream runs once and is repeated.
-        keep: a prompt goes in at the first layer of its group and stays, until the next group takes its place or the end.
+        keep: a prompt goes in at the first layer of its group and stays, until the next group takes its place.
         """
         prompts = list(prompts or []) + [None] * (self.depth - len(prompts or []))
         B = max(len(x) for x in h.values())
@@ -303,7 +302,7 @@ BACKBONES = {"msa": MultimodalTransformer, "mult": MulT}
 
 
 class Batch(NamedTuple):
-    x: dict                # {m: (B,n,d)}: raw features, or the projected ones where the backbone is frozen; (1,n,d) if missing
+    x: dict                # {m: (B,n,d)}: raw features, projected ones where the backbone is frozen; (1,n,d) if missing
     y: torch.Tensor        # (B,)
     present: torch.Tensor  # (B,M) bool
     task: object           # the task's number, or (B,) numbers in a mixed batch
@@ -333,7 +332,7 @@ class Store:
             present = self.present[task]                                                # (B,M)
             x = {m: torch.where(present[:, i, None, None], self.x[m][rows], self.blank[m])
                  for i, m in enumerate(MODALITIES)}
-        else:                                                        # one pattern for all: a missing modality is one row
+        else:                                                        # one pattern for all: what is missing is one row
             available = MODALITIES if task is None else self.patterns[task]
             x = {m: self.x[m][rows] if m in available else self.blank[m][None] for m in MODALITIES}
             present = torch.tensor([m in available for m in MODALITIES], device=self.y.device).expand(len(rows), -1)
@@ -350,7 +349,7 @@ class Store:
         return 4 * F.kl_div((output / 2).log_softmax(-1), (old / 2).softmax(-1), reduction="batchmean")
 
 
-# ----------------------------------------------------------------------------------------- methods: the paper's and bounds
+# ---------------------------------------------------------------------------------------- methods: the paper's and bounds
 
 
 class Finetune(nn.Module):
@@ -416,8 +415,8 @@ class Ours(Finetune):
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
-        self.prompts = MissingPrompts(net.width, a.length, a.patterns, a.prompts, a.sequence, a.depths, a.start, net.layers,
-                                      a.keys, a.init_std)
+        self.prompts = MissingPrompts(net.width, a.length, a.patterns, a.prompts, a.sequence, a.depths, a.start,
+                                      net.layers, a.keys, a.init_std)
         pairs = mirror_pairs(a.patterns)
         self.pairs = [p if a.pairs in ("both", which) else None for p, which in zip(pairs, ("first", "second"))]
 
@@ -445,7 +444,7 @@ class JointOurs(Ours):
     joint = True
 
 
-# ---------------------------------------------------------------------------------------------- baselines: with a buffer
+# --------------------------------------------------------------------------------------------- baselines: with a buffer
 
 
 class ER(Finetune):
@@ -489,7 +488,7 @@ class ER(Finetune):
 
 
 class DERpp(ER):
-    """DER++ (Buzzega et al. 2020): task loss + alpha |f(x) - stored output|^2 + beta task loss on another buffer batch."""
+    """DER++ (Buzzega et al. 2020): task loss + alpha |f(x) - stored output|^2 + beta task loss on another draw."""
     weight, beta = 0.3, 0.5
 
     def loss(self, b):
@@ -497,7 +496,8 @@ class DERpp(ER):
         new, *old = self.together(b, j, again)
         loss = self.store.loss(*new)
         if old:
-            loss = loss + self.strength * F.mse_loss(old[0][0], self.kept_output[j]) + self.beta * self.store.loss(*old[1])
+            loss = loss + self.strength * F.mse_loss(old[0][0], self.kept_output[j])
+            loss = loss + self.beta * self.store.loss(*old[1])
         return loss
 
 
@@ -562,7 +562,7 @@ class ICaRL(Finetune):
     def end(self, t, rows):
         tasks = [*dict.fromkeys(self.kept[1][self.kept[0] >= 0].tolist()), t]
         share = self.kept.shape[1] // len(tasks)
-        kept = [self.kept[:, self.kept[1] == k][:, :share] for k in tasks[:-1]]         # herding order: the first are best
+        kept = [self.kept[:, self.kept[1] == k][:, :share] for k in tasks[:-1]]      # herding order: the first are best
         feature = torch.cat([self.net.encode(self.net.embed(self.store.batch(r, t).x)) for r in rows.split(256)])
         chosen = rows[herd(F.normalize(feature, dim=-1), share)]
         kept.append(torch.stack([chosen, torch.full_like(chosen, t)]))
@@ -662,7 +662,7 @@ class Prompted(Finetune):
 
 
 class L2P(Prompted):
-    """L2P (Wang et al. 2022c): a pool of 10 prompts of length 5; the 5 whose keys are nearest to the query go in first."""
+    """L2P (Wang et al. 2022c): 10 prompts of length 5; the 5 whose keys are nearest to the query go into layers 1-3."""
     weight = 0.1
 
     def __init__(self, net, store, a):
@@ -676,14 +676,14 @@ class L2P(Prompted):
 
     def output(self, b):
         prompt = self.pool[self.select(b).indices].flatten(1, 2)                        # (B,25,D)
-        return self.net(b.x, [dict.fromkeys(MODALITIES, prompt)], keep=self.net.__class__ is MultimodalTransformer)
+        return self.net(b.x, [dict.fromkeys(MODALITIES, prompt)] * min(3, self.net.layers))
 
     def loss(self, b):
         return super().loss(b) + self.strength * (1 - self.select(b).values).sum(-1).mean()
 
 
 class DualPrompt(Prompted):
-    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own prefix in layers 3-5, found by its key."""
+    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own in layers 3-5, found by its key."""
     weight = 1.0
 
     def __init__(self, net, store, a):
@@ -729,7 +729,7 @@ class SPrompts(Prompted):
         else:
             gap = (self.query(b)[:, None, None] - self.centres).norm(dim=-1).amin(-1)   # (B,T), inf where not learned
             prompt = self.prompts[gap.argmin(-1)]
-        return self.net(b.x, [dict.fromkeys(MODALITIES, prompt)], keep=self.net.__class__ is MultimodalTransformer)
+        return self.net(b.x, [dict.fromkeys(MODALITIES, prompt)] * min(3, self.net.layers))
 
     def begin(self, t, rows):
         self.centres[t] = kmeans(self.query(self.store.batch(rows, t)), 5)
@@ -757,7 +757,7 @@ class MPLMM(Prompted):
         self.translate = nn.ModuleList(nn.Linear(D, D) for _ in MODALITIES)             # 1x1 convolutions
         self.signal = nn.Parameter(torch.zeros(M, 2, D))                                # missing, real
         self.kind = nn.Parameter(0.02 * torch.randn(M, 2, L, D))
-        self.matrix = nn.Parameter(torch.zeros(D, D))                # one factor random, one zero: both zero would be dead
+        self.matrix = nn.Parameter(torch.zeros(D, D))                # one factor random, one zero: two zeros are dead
 
     def output(self, b):
         real = b.present.to(self.signal.dtype)                                          # (B,M)
@@ -799,7 +799,7 @@ def pretrain(a, stream, device):
     """
     from safetensors.torch import load_file, save
     train, val = stream.extra["upstream"]
-    what = {k: getattr(a, k) for k in ("backbone", "width", "heads", "layers", "fusion_layers", "dropout", "pre_epochs", "clip")}
+    what = {k: getattr(a, k) for k in "backbone width heads layers fusion_layers dropout pre_epochs clip".split()}
     sha = hashlib.sha256(json.dumps([what, stream.extra["version"], stream.extra["scoring"]], sort_keys=True).encode())
     for x in (*train.features.values(), train.label):
         sha.update(np.ascontiguousarray(x[train.rows]).tobytes())
@@ -876,8 +876,8 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
             with torch.autocast(device.type, torch.bfloat16, enabled=a.dtype == "bf16"):
                 loss = learner.loss(b)
             if not loss.isfinite():
-                raise InputError(f"the loss is {loss.item()} in task {name}, epoch {epoch + 1}, step {step + 1} at --lr "
-                                 f"{a.lr}; use a smaller --lr or a smaller --weight")
+                raise InputError(f"the loss is {loss.item()} in task {name}, epoch {epoch + 1}, step {step + 1} at "
+                                 f"--lr {a.lr}; use a smaller --lr or a smaller --weight")
             optimizer.zero_grad()
             loss.backward()
             learner.edit_gradients()
@@ -971,8 +971,9 @@ def run_seeds(a, folder):
         summary = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
         with atomic(folder / "results.json") as f:
             json.dump(metrics.jsonable({
-                "metrics": {k: {"mean": m, "std": s} for k, (m, s) in summary.items()}, "runs": [r["metrics"] for r in results],
-                "args": settings(a, a.folds, a.seeds), "environment": results[0]["environment"]}), f, indent=1)
+                "metrics": {k: {"mean": m, "std": s} for k, (m, s) in summary.items()},
+                "runs": [r["metrics"] for r in results], "args": settings(a, a.folds, a.seeds),
+                "environment": results[0]["environment"]}), f, indent=1)
         print(f"{a.method} on {a.data}: " + "  ".join(f"{k} {m:.2f} +- {s:.2f}" for k, (m, s) in summary.items())
               + f"  {len(jobs)} runs  {sum(r['minutes'] for r in results):.1f} min")
     return results
@@ -988,13 +989,14 @@ def print_config(a, stream):
     learner = METHODS[a.method](make_backbone(a, stream), Store(stream, a.patterns), a)
     count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     backbone = sum(p.numel() for p in learner.net.parameters())
-    print(f"missing modalities (arXiv 2503.00528v1)   method {a.method}   backbone {a.backbone}, {a.layers}+{a.fusion_layers} "
-          f"layers, D {a.width}\n"
-          f"data      {extra['version']}: " + ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
-          + f"; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test per task, {a.samples}\n"
-          f"tasks     {' -> '.join(stream.tasks[k].name for k in a.order)}   (what is available: a audio, v video, l text)\n"
+    sizes = ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
+    print(f"missing modalities (arXiv 2503.00528v1)   method {a.method}   backbone {a.backbone}, "
+          f"{a.layers}+{a.fusion_layers} layers, D {a.width}\n"
+          f"data      {extra['version']}: {sizes}; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test "
+          f"per task, {a.samples}\n"
+          f"tasks     {' -> '.join(stream.tasks[k].name for k in a.order)}   (available: a audio, v video, l text)\n"
           f"learned   {count} of {backbone} parameters, {100 * count / backbone:.1f} %; lr {a.lr:g}, batch {a.batch}, "
-          f"{a.epochs} epochs, weight {learner.strength:g}" + (f", buffer {a.buffer}" if learner.buffered else "") + "\n"
+          f"{a.epochs} epochs, weight {learner.strength:g}{f', buffer {a.buffer}' if learner.buffered else ''}\n"
           f"protocol  no task id at test but the pattern, which the input shows; select on validation, report test\n"
           f"runs      seeds {' '.join(map(str, a.seeds))}; torch {torch.__version__}, {a.device}, {a.dtype}")
     for note in stream.notes:
@@ -1010,18 +1012,21 @@ METHOD_ROWS = [
     ("A-GEM, buffer 500", {"method": "agem", "buffer": 500}, 65.12, 2.88),
     ("ER, buffer 500", {"method": "er", "buffer": 500}, 68.91, 1.12),
     ("DER++, buffer 500", {"method": "derpp", "buffer": 500}, 67.02, 0.69),
-    ("EWC", {"method": "ewc"}, 66.44, 1.75), ("LwF", {"method": "lwf"}, 64.56, 2.97), ("L2P", {"method": "l2p"}, 63.79, 2.67),
+    ("EWC", {"method": "ewc"}, 66.44, 1.75), ("LwF", {"method": "lwf"}, 64.56, 2.97),
+    ("L2P", {"method": "l2p"}, 63.79, 2.67),
     ("DualPrompt", {"method": "dualprompt"}, 67.23, 0.73), ("S-Prompts", {"method": "sprompts"}, 64.83, 3.57),
     ("MPLMM", {"method": "mplmm"}, 70.35, 2.18), ("ours", {"method": "prompts"}, 71.87, -0.15),
     ("lower bound", {"method": "finetune"}, 62.34, 6.18), ("upper bound", {"method": "joint"}, 71.19, None),
-    ("upper bound (ours)", {"method": "joint-prompts"}, 73.20, None), ("frozen, no prompts", {"method": "none"}, None, None)]
+    ("upper bound (ours)", {"method": "joint-prompts"}, 73.20, None),
+    ("frozen, no prompts", {"method": "none"}, None, None)]
 ALONE = {"pairs": "none"}                                            # without L_con
 TABLES = {                                                           # title, the row others are compared with, rows
     "2": ("Table 2: all methods", "ours", METHOD_ROWS),
     "3": ("Table 3: kinds of prompts, without task interaction", "MS TA TS", [
         ("none (lower bound)", {"method": "finetune"}, 62.34, 6.18), ("MS", {"prompts": ["MS"], **ALONE}, 64.07, 4.01),
         ("TA", {"prompts": ["TA"], **ALONE}, 66.21, 3.24), ("TS", {"prompts": ["TS"], **ALONE}, 68.01, 1.27),
-        ("MS TA", {"prompts": ["MS", "TA"], **ALONE}, 69.16, 2.08), ("MS TS", {"prompts": ["MS", "TS"], **ALONE}, 70.34, 0.74),
+        ("MS TA", {"prompts": ["MS", "TA"], **ALONE}, 69.16, 2.08),
+        ("MS TS", {"prompts": ["MS", "TS"], **ALONE}, 70.34, 0.74),
         ("TA TS", {"prompts": ["TA", "TS"], **ALONE}, 70.51, 0.31), ("MS TA TS", ALONE, 70.91, 0.13)]),
     "4": ("Table 4: task interaction (the values in the paper's rows 4 to 6 are lost: ours)", "default", [
         ("without L_con", ALONE, 70.91, 0.13), ("without l(i,j), l(j,i)", {"pairs": "second"}, 71.14, 0.09),
@@ -1030,17 +1035,20 @@ TABLES = {                                                           # title, th
         ("default", {}, 71.87, -0.15)]),
     "5": ("Table 5: order of the kinds", "MS TA TS", [
         ("MS TA TS", {}, 71.87, -0.15), ("MS TS TA", {"sequence": ["MS", "TS", "TA"]}, 70.96, -0.03),
-        ("TA MS TS", {"sequence": ["TA", "MS", "TS"]}, 71.23, 0.06), ("TA TS MS", {"sequence": ["TA", "TS", "MS"]}, 70.57, 0.04),
-        ("TS MS TA", {"sequence": ["TS", "MS", "TA"]}, 70.00, 0.10), ("TS TA MS", {"sequence": ["TS", "TA", "MS"]}, 69.98, 0.28)]),
-    "6": ("Table 6: where prompts are attached (the paper's rows 3 and 4 have lost their labels: ours)", "layers 1 2 3", [
+        ("TA MS TS", {"sequence": ["TA", "MS", "TS"]}, 71.23, 0.06),
+        ("TA TS MS", {"sequence": ["TA", "TS", "MS"]}, 70.57, 0.04),
+        ("TS MS TA", {"sequence": ["TS", "MS", "TA"]}, 70.00, 0.10),
+        ("TS TA MS", {"sequence": ["TS", "TA", "MS"]}, 69.98, 0.28)]),
+    "6": ("Table 6: where prompts are attached (the labels of rows 3 and 4 are lost: ours)", "layers 1 2 3", [
         ("layers 3 4 5", {"start": 2}, 70.06, 0.23), ("layers 1 2 3", {}, 71.87, -0.15),
-        ("N_M N_A N_S = 2 1 1", {"depths": [2, 1, 1]}, 71.10, 0.07), ("N_M N_A N_S = 1 2 2", {"depths": [1, 2, 2]}, 71.42, -0.09)]),
+        ("N_M N_A N_S = 2 1 1", {"depths": [2, 1, 1]}, 71.10, 0.07),
+        ("N_M N_A N_S = 1 2 2", {"depths": [1, 2, 2]}, 71.42, -0.09)]),
     "fig5": ("Figure 5: prompt length (the paper prints no numbers: it rises, falls, and peaks at 16)", "L = 16", [
         (f"L = {n}", {"length": n}, None, None) for n in (1, 2, 4, 8, 16, 24, 32, 48)])}
 
 
 def run_table(a, folder):
-    """Every row x fold x seed of one table, a folder per run; finished ones are read, not run.  table.json and table.md
+    """Every row x fold x seed of one table, a folder per run; finished ones are read, not run.  table<N>.json and .md
     are rewritten after every run, so that stopping in the middle leaves a table that says "not run"."""
     title, reference, rows = TABLES[a.table]
     done = {label: {} for label, *_ in rows}
@@ -1049,10 +1057,12 @@ def run_table(a, folder):
         stream = make_stream(a, fold, seed)
         for label, changes, *_ in rows:
             b = argparse.Namespace(**{**vars(a), **changes, "quiet": True, "resume": True})
-            if "method" in changes:                                  # --lr and --weight are meant for the paper's method
+            if "method" in changes:                                  # --lr and --weight are meant for --method
                 b.lr, b.weight = (a.lr, a.weight) if b.method == a.method else (METHODS[b.method].lr, None)
-            where = folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}-fold{fold}-seed{seed}"
-            result = finished(where, settings(b, fold, seed)) or run_one(b, fold, seed, where, stream)
+            args = metrics.jsonable(settings(b, fold, seed))
+            digest = hashlib.sha256(json.dumps(args).encode()).hexdigest()[:10]         # tables share their common rows
+            where = folder / "runs" / f"{b.method}-fold{fold}-seed{seed}-{digest}"
+            result = finished(where, args) or run_one(b, fold, seed, where, stream)
             (where / "checkpoint.pt").unlink(missing_ok=True)
             done[label][fold, seed] = result
             bar.update()
@@ -1066,17 +1076,17 @@ def finished(folder, args):
     """results.json of a finished run with these args, or None."""
     try:
         result = json.loads((folder / "results.json").read_text())
-        return result if result["args"] == metrics.jsonable(args) else None
+        return result if result["args"] == args else None
     except (OSError, ValueError, KeyError):
         return None
 
 
 def write_table(a, folder, done):
-    """table.json and table.md: mean +- std (ddof 1), the paired difference to the reference row, the paper's numbers."""
+    """table<N>.json and .md: mean +- std (ddof 1), paired difference to the reference row, paper's numbers."""
     title, reference, rows = TABLES[a.table]
     lines = [f"{title}; {a.data}, {a.epochs} epochs, folds {' '.join(map(str, a.folds))}, seeds "
              f"{' '.join(map(str, a.seeds))}; +- over runs, p: sign-flip test over pairs", "",
-             f"| | AA | FM max | FM diag | AA - {reference} (wins, p) | runs | paper's AA | FM |", "|---|---|---|---|---|---|---|---|"]
+             f"| | AA | FM max | FM diag | AA - {reference} (wins, p) | runs | paper's AA | FM |", "|---" * 8 + "|"]
     table, show = [], lambda x: "-" if x is None else f"{x:.2f}"
     for label, changes, *paper in rows:
         runs, cells = done[label], ["not run"] * 4
@@ -1084,11 +1094,13 @@ def write_table(a, folder, done):
                "minutes": sum(r["minutes"] for r in runs.values())}
         if runs:
             values = {k: [r["metrics"][k] for r in runs.values()] for k in next(iter(runs.values()))["metrics"]}
-            row |= {k: {"mean": metrics.mean_std(v)[0], "std": metrics.mean_std(v)[1], "values": v} for k, v in values.items()}
-            cells = [f"{row[k]['mean']:.2f} +- {row[k]['std']:.2f}" if k in row else "-" for k in ("AA", "FM_max", "FM_diag")]
+            row |= {k: {**dict(zip(("mean", "std"), metrics.mean_std(v))), "values": v} for k, v in values.items()}
+            cells = [f"{row[k]['mean']:.2f} +- {row[k]['std']:.2f}" if k in row else "-"
+                     for k in ("AA", "FM_max", "FM_diag")]
             both = [k for k in runs if k in done[reference]] if label != reference else []
             if both:
-                d = row["against"] = metrics.paired(*([done[x][k]["metrics"]["AA"] for k in both] for x in (label, reference)))
+                pair = ([done[x][k]["metrics"]["AA"] for k in both] for x in (label, reference))
+                d = row["against"] = metrics.paired(*pair)
                 cells.append(f"{d['difference']:+.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
             else:
                 cells.append("-")
@@ -1097,12 +1109,13 @@ def write_table(a, folder, done):
                      f"{' | '.join(map(show, paper))} |")
     cosines = [r["task_aware_cosine"] for r in done[reference].values() if "task_aware_cosine" in r]
     if cosines:
-        cosine_map(a, np.mean(cosines, 0), folder / "task_aware_cosine.png")
-    environment = next(r["environment"] for runs in done.values() for r in runs.values())
-    with atomic(folder / "table.json") as f:
-        json.dump(metrics.jsonable({"title": title, "rows": table, "task_aware_cosine": np.mean(cosines, 0) if cosines else None,
-                                    "args": settings(a, a.folds, a.seeds), "environment": environment}), f, indent=1)
-    with atomic(folder / "table.md") as f:
+        cosine_map(a, np.mean(cosines, 0), folder / f"table{a.table}_cosine.png")
+    content = {"title": title, "rows": table, "task_aware_cosine": np.mean(cosines, 0) if cosines else None,
+               "args": settings(a, a.folds, a.seeds),
+               "environment": next(r["environment"] for runs in done.values() for r in runs.values())}
+    with atomic(folder / f"table{a.table}.json") as f:
+        json.dump(metrics.jsonable(content), f, indent=1)
+    with atomic(folder / f"table{a.table}.md") as f:
         f.write("\n".join(lines) + "\n")
     return "\n".join(lines)
 
@@ -1114,7 +1127,8 @@ def bench(a, steps=30):
     wait = torch.cuda.synchronize if a.device.startswith("cuda") else lambda: None
     base = None
     for name in dict.fromkeys(("none", a.method, "finetune")):
-        learner = METHODS[name](make_backbone(a, stream).to(a.device), Store(stream, a.patterns, a.device), a).to(a.device)
+        net, store = make_backbone(a, stream).to(a.device), Store(stream, a.patterns, a.device)
+        learner = METHODS[name](net, store, a).to(a.device)
         count, kept, times = sum(p.numel() for p in learner.parameters() if p.requires_grad), {}, []
         note = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
         learner.train()
@@ -1133,9 +1147,10 @@ def bench(a, steps=30):
         if base is None:
             base = ms
             print(f"batch {len(rows)}, {a.data}, backbone {a.backbone} with {backbone} parameters, {a.device}, "
-                  f"{torch.get_num_threads()} threads\n{'':14}ms/step  x frozen  samples/s  MiB for backward  trainable")
-        print(f"{name:12}{ms:9.1f}  {ms / base:8.1f}  {1e3 * len(rows) / ms:9.0f}  {sum(kept.values()) / 2 ** 20:16.1f}  "
-              f"{count} ({100 * count / backbone:.2f} %)" + ("  forward only" if not count else ""))
+                  f"{torch.get_num_threads()} threads\n{'':14}ms/step  x frozen  samples/s  MiB for backward  learned")
+        print(f"{name:12}{ms:9.1f}  {ms / base:8.1f}  {1e3 * len(rows) / ms:9.0f}  "
+              f"{sum(kept.values()) / 2 ** 20:16.1f}  {count} ({100 * count / backbone:.2f} %)"
+              + ("  forward only" if not count else ""))
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -1149,16 +1164,20 @@ def settings(a, fold, seed):
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description="Continual adaptation to missing modalities with prompts (arXiv 2503.00528).")
+    p = argparse.ArgumentParser(description="Prompts for missing modalities that arrive one after the other (arXiv 2503.00528).")
     add, yes = p.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="mini", help="mini (default), mini4 (four classes), <file>.npz, or mosi, mosei, sims, iemocap with --root")
+    add("--data", default="mini",
+        help="mini (default), mini4 (four classes), <file>.npz, or mosi, mosei, sims, iemocap with --root")
     add("--root", help="folder (or file) of mosi, mosei, sims, iemocap")
     add("--folds", type=int, nargs="+", default=[0], help="of <file>.npz, or IEMOCAP's cross-validation sets; from 0")
-    add("--samples", default="shared", choices=("shared", "disjoint"), help="do tasks mask the same utterances or own ones (open)")
+    add("--samples", default="shared", choices=("shared", "disjoint"),
+        help="do tasks mask the same utterances or own ones (open)")
     add("--max-length", type=int, default=50, help="longer sequences are averaged over that many windows (real data)")
     add("--order", type=int, nargs="+", help="order in which Table 1's tasks arrive, from 0; default as numbered")
-    add("--method", default="prompts", choices=list(METHODS), help="prompts = the paper's (default); its bounds; baselines")
-    add("--backbone", default="msa", choices=list(BACKBONES), help="msa: self-attention encoders; mult: crossmodal ones (open)")
+    add("--method", default="prompts", choices=list(METHODS),
+        help="prompts = the paper's (default); its bounds; baselines")
+    add("--backbone", default="msa", choices=list(BACKBONES),
+        help="msa: self-attention encoders; mult: crossmodal ones (open)")
     add("--width", type=int, default=30, help="D of prompts and backbone; paper 30")
     add("--heads", type=int, default=5)
     add("--layers", type=int, default=5, help="MSA layers of each modality (open in the paper)")
@@ -1166,18 +1185,25 @@ def arguments(argv=None):
     add("--dropout", type=float, default=0.1, help="in the backbone, while it learns")
     add("--pre-epochs", type=int, default=20, help="epochs of pre-training on complete modalities")
     add("--length", type=int, default=16, help="prompt length L; paper 16 (Figure 5)")
-    add("--prompts", nargs="*", default=list(KINDS), choices=KINDS, metavar="KIND", help="kinds attached, of MS TA TS (Table 3)")
-    add("--sequence", nargs=3, default=list(KINDS), choices=KINDS, metavar="KIND", help="their order; paper MS TA TS (Table 5)")
-    add("--depths", nargs=3, type=int, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"), help="layers that carry each kind (lost)")
+    add("--prompts", nargs="*", default=list(KINDS), choices=KINDS, metavar="KIND",
+        help="kinds attached, of MS TA TS (Table 3)")
+    add("--sequence", nargs=3, default=list(KINDS), choices=KINDS, metavar="KIND",
+        help="their order; paper MS TA TS (Table 5)")
+    add("--depths", nargs=3, type=int, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"),
+        help="layers that carry each kind (lost)")
     add("--start", type=int, default=0, help="first layer with a prompt, from 0 (Table 6)")
-    add("--keep", action=yes, default=False, help="prompts stay in the sequence; default: dropped after their layer (open)")
-    add("--keys", default="shared", choices=("shared", "modality"), help="one pair of missing keys, or one per modality (open)")
+    add("--keep", action=yes, default=False,
+        help="prompts stay in the sequence; default: dropped after their layer (open)")
+    add("--keys", default="shared", choices=("shared", "modality"),
+        help="one pair of missing keys, or one per modality (open)")
     add("--init-std", type=float, default=0.02, help="spread of the prompts at the start (open)")
-    add("--pairs", default="both", choices=("both", "first", "second", "none"), help="pairs in Eq. 7: (i,j), (m,n) (Table 4)")
+    add("--pairs", default="both", choices=("both", "first", "second", "none"),
+        help="pairs in Eq. 7: (i,j), (m,n) (Table 4)")
     add("--trade-off", type=float, default=1.0, help="lambda of Eq. 7 (value lost)")
     add("--tau", type=float, default=0.5, help="temperature of Eq. 6 (value lost)")
-    add("--gamma", "--weight", dest="weight", type=float, help="gamma of Eq. 8 (value lost); for a baseline the weight of its own "
-        "term: DER++ alpha, EWC lambda, iCaRL, LwF, L2P, DualPrompt; default tuned per method")
+    add("--gamma", "--weight", dest="weight", type=float,
+        help="gamma of Eq. 8 (value lost); for a baseline the weight of its own term: DER++ alpha, EWC lambda, iCaRL, "
+        "LwF, L2P, DualPrompt; default tuned per method")
     add("--buffer", type=int, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250 and 500")
     add("--epochs", type=int, help="per task; default 30 as in the paper, 6 on mini")
     add("--batch", type=int, default=64, help="paper 64")
@@ -1189,8 +1215,10 @@ def arguments(argv=None):
     add("--smoke", action=yes, default=False, help="a tiny world and two epochs: does everything run?")
     add("--resume", action=yes, default=False, help="go on from the last finished epoch")
     add("--out", help="folder of the run; default runs/missing_prompt-<method>")
-    add("--table", choices=list(TABLES), help="run every row of that table of the paper, print it beside the paper's numbers")
-    add("--bench", action=yes, default=False, help="time, memory and parameters against the frozen backbone without prompts")
+    add("--table", choices=list(TABLES),
+        help="run every row of that table of the paper, print it beside the paper's numbers")
+    add("--bench", action=yes, default=False,
+        help="time, memory and parameters against the frozen backbone without prompts")
     return p.parse_args(argv)
 
 
@@ -1198,7 +1226,8 @@ def resolve(a):
     """Fill in what depends on other arguments, and check.  Raises InputError."""
     a.patterns, a.quiet = PATTERNS, False
     T, learner = len(a.patterns), METHODS[a.method]
-    a.device = a.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    a.device = a.device or ("cuda" if cuda else "mps" if mps else "cpu")
     a.order = list(range(T)) if a.order is None else a.order
     if a.smoke:
         a.epochs, a.pre_epochs = 2 if a.epochs is None else a.epochs, min(a.pre_epochs, 2)
@@ -1206,7 +1235,8 @@ def resolve(a):
     a.lr = learner.lr if a.lr is None else a.lr
     for option, values, wanted in (("order", a.order, range(T)), ("sequence", a.sequence, KINDS)):
         if sorted(values) != sorted(wanted):
-            raise InputError(f"--{option} needs each of {' '.join(map(str, wanted))} once, not {' '.join(map(str, values))}")
+            raise InputError(f"--{option} needs each of {' '.join(map(str, wanted))} once, "
+                             f"not {' '.join(map(str, values))}")
     for name in "epochs pre_epochs batch length width heads layers fusion_layers buffer max_length lr tau clip".split():
         if not getattr(a, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
@@ -1226,7 +1256,7 @@ def main(argv=None):
     if a.bench:
         bench(a)
     elif a.table:
-        run_table(a, Path(a.out or f"runs/missing_prompt-table{a.table}"))
+        run_table(a, Path(a.out or "runs/missing_prompt-tables"))
     else:
         run_seeds(a, Path(a.out or f"runs/missing_prompt-{a.method}"))
 

@@ -728,13 +728,13 @@ def test_missing_table_continues_and_says_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(mp, "run_one", once)
     with pytest.raises(KeyboardInterrupt):
         mp.run_table(a, tmp_path)
-    assert "not run" in (tmp_path / "table.md").read_text()
+    assert "not run" in (tmp_path / "table4.md").read_text()
     counted = []
     monkeypatch.setattr(mp, "run_one", lambda *x: counted.append(1) or real(*x))
     mp.run_table(a, tmp_path)
-    text = (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table4.md").read_text()
     assert len(counted) == 1 and "not run" not in text and "70.91" in text and "1/1" in text
-    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["runs"] == [[0, 0]]
+    assert json.loads((tmp_path / "table4.json").read_text())["rows"][0]["runs"] == [[0, 0]]
     assert [len(mp.TABLES[k][2]) for k in ("3", "4", "5", "6", "fig5")] == [8, 2, 6, 4, 8]
 
 
