@@ -911,10 +911,10 @@ def run_one(a, fold, seed, folder, stream):
             for task in stream.tasks]
     names = [stream.tasks[k].name for k in a.order]
     run = Run(folder, settings(a, fold, seed), a.resume)
-    run.A, start, state = np.full((T, T), np.nan), 0, run.state
+    run.A, start, state, scores = np.full((T, T), np.nan), 0, run.state, []
     if state:
         learner.load_state_dict(state["learner"])
-        run.A, start = np.array(state["A"]), state["t"]
+        run.A, start, scores = np.array(state["A"]), state["t"], state.get("scores", [])
         torch.set_rng_state(state["rng"])
     score = lambda t: metrics.affect_scores(predict(learner, rows[t]["test"], t).cpu().numpy(),
                                             store.y[rows[t]["test"]].cpu().numpy(), store.scoring)
@@ -931,10 +931,12 @@ def run_one(a, fold, seed, folder, stream):
         else:
             t = a.order[stage]
             train_task(learner, a, run, bar, names[stage], t, rows[t]["train"], t, [(rows[t]["val"], t)], resume)
-        run.A[stage, :stage + 1] = [score(t)["accuracy"] for t in a.order[:stage + 1]]
+        scores = [score(t) for t in a.order[:stage + 1]]
+        run.A[stage, :stage + 1] = [x["accuracy"] for x in scores]
         if not (a.quiet or learner.joint):
             bar.write(f"after task {stage + 1} of {T}\n" + metrics.format_matrix(run.A[:stage + 1], names))
-        run.checkpoint(t=stage + 1, epoch=-1, learner=learner.state_dict(), A=run.A.tolist(), rng=torch.get_rng_state())
+        run.checkpoint(t=stage + 1, epoch=-1, learner=learner.state_dict(), A=run.A.tolist(), rng=torch.get_rng_state(),
+                       scores=scores)
     bar.close()
     values = {"AA": float(np.mean(run.A[-1]))}
     if not learner.joint:
@@ -942,7 +944,7 @@ def run_one(a, fold, seed, folder, stream):
     trainable = {n: p for n, p in learner.named_parameters() if p.requires_grad}
     results = run.finish(
         run.A, names, values, trainable if learner.frozen else None, f"{a.method}: accuracy after each task",
-        final={names[i]: score(t) for i, t in enumerate(a.order)}, trainable=sum(p.numel() for p in trainable.values()),
+        final=dict(zip(names, scores)), trainable=sum(p.numel() for p in trainable.values()),
         backbone=sum(p.numel() for p in net.parameters()), backbone_file=cached.name, world=stream.extra["version"],
         **learner.extras())
     if "task_aware_cosine" in results:                               # in the order of Table 1, whatever --order

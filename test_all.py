@@ -510,6 +510,14 @@ def test_missing_mini_affect_is_what_it_says():
     assert classes["outputs"] == 4 and set(classes["label"]) == {0, 1, 2, 3} and classes["scoring"] == "classes"
 
 
+def test_missing_mini_affect_tasks_contradict_each_other():
+    text = data.describe_affect("mini")
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in text.splitlines()[2:]}
+    own, full = (np.array([rows[n][k] for n in ("avl", "av", "vl", "al", "a", "v", "l")]) for k in (0, 1))
+    assert own[0] >= 90 and own[6] > own[4] > own[5]                 # all three; text alone, audio alone, video alone
+    assert own.mean() - full.mean() > 8 and full[5] < 50             # video's weight has the wrong sign when it is alone
+
+
 def missing_split(n, dims=(5, 4, 6), lengths=(3, 2, 4), seed=0):
     rng = np.random.default_rng(seed)
     return {k: rng.standard_normal((n, l, d)).astype(np.float32) for k, l, d in zip(("audio", "vision", "text"), lengths, dims)}
