@@ -406,7 +406,7 @@ class Joint(Finetune):
 
 class Frozen(Finetune):
     """The pre-trained backbone as it is: what there is before any adaptation."""
-    frozen, epochs = True, 0
+    frozen = True
 
 
 class Ours(Finetune):
@@ -792,6 +792,10 @@ def adam(parameters, lr, device):
     return torch.optim.Adam(parameters, lr=lr, fused=device.type in ("cpu", "cuda"))
 
 
+def rng_state(device):
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
 def pretrain(a, stream, device):
     """The backbone trained on complete modalities, from the cache if this configuration was trained before.
 
@@ -893,7 +897,7 @@ def train_task(learner, a, run, bar, name, t, rows, tasks, val, resume=None):
         run.log(task=name, epoch=epoch + 1, loss=total / len(rows), val_loss=value, minutes=run.minutes)
         if epoch + 1 < a.epochs:                                     # after the last one run_one writes the task's own
             run.checkpoint(t=run.stage, epoch=epoch, learner=learner.state_dict(), optimizer=optimizer.state_dict(),
-                           best=best, A=run.A.tolist(), rng=torch.get_rng_state())
+                           best=best, A=run.A.tolist(), rng=rng_state(device))
     with torch.no_grad():
         for n, p in trainable.items():
             p.copy_(best["weights"][n])
@@ -915,7 +919,9 @@ def run_one(a, fold, seed, folder, stream):
     if state:
         learner.load_state_dict(state["learner"])
         run.A, start, scores = np.array(state["A"]), state["t"], state.get("scores", [])
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"][0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"][-1], device)
     score = lambda t: metrics.affect_scores(predict(learner, rows[t]["test"], t).cpu().numpy(),
                                             store.y[rows[t]["test"]].cpu().numpy(), store.scoring)
     stages = 1 if learner.joint else T
@@ -935,7 +941,7 @@ def run_one(a, fold, seed, folder, stream):
         run.A[stage, :stage + 1] = [x["accuracy"] for x in scores]
         if not (a.quiet or learner.joint):
             bar.write(f"after task {stage + 1} of {T}\n" + metrics.format_matrix(run.A[:stage + 1], names))
-        run.checkpoint(t=stage + 1, epoch=-1, learner=learner.state_dict(), A=run.A.tolist(), rng=torch.get_rng_state(),
+        run.checkpoint(t=stage + 1, epoch=-1, learner=learner.state_dict(), A=run.A.tolist(), rng=rng_state(device),
                        scores=scores)
     bar.close()
     values = {"AA": float(np.mean(run.A[-1]))}

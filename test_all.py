@@ -228,6 +228,9 @@ def test_missing_eq_8():
         task = (learner.output(b)[:, 0] - b.y).abs().mean()
         con = mp.task_interaction_loss(learner.prompts.z(), ((1, 2), (4, 6)), trade, 0.2)
         assert con > 0 and learner.loss(b).item() == pytest.approx((task + gamma * con).item(), rel=1e-5)
+        for p in (learner.prompts.k_avail, learner.prompts.P_M):     # both terms teach the shared tensors
+            got, *want = (torch.autograd.grad(x, p, retain_graph=True)[0] for x in (learner.loss(b), task, gamma * con))
+            assert want[0].any() and want[1].any() and torch.allclose(got, sum(want), atol=1e-5)
     learner, _ = missing_learner("prompts", "--data", "mini4")
     b = learner.store.batch(torch.arange(5), 3)
     expected = -sum(learner.output(b).log_softmax(-1)[i, b.y[i]] for i in range(5)) / 5 + 0.1 * learner.contrastive() \
@@ -618,7 +621,7 @@ def test_missing_reads_iemocap_h5(tmp_path):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         with h5py.File(tmp_path / file, "w") as f:
             for i, k in enumerate(names):
-                f[k] = rng.standard_normal((longest - 3 * i, dim)).astype(np.float32) + 5
+                f[k] = rng.standard_normal((longest - i, dim)).astype(np.float32) + 5
     with h5py.File(tmp_path / "A/comparE_mean_std.h5", "w") as f:
         f["2/mean"], f["2/std"] = np.full(130, 5.0), np.zeros(130) + 2
     folder = tmp_path / "target/2"
@@ -755,6 +758,33 @@ def test_missing_bad_input_is_one_line(argv, words, capsys, tmp_path):
         metrics.run_cli(lambda: mp.main([*argv, "--smoke", "--device", "cpu", "--out", str(tmp_path / "x")]))
     error = capsys.readouterr().err
     assert e.value.code == 2 and words in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--length", "7"], ["--prompts", "MS"], ["--sequence", "TS", "MS", "TA"], ["--depths", "2", "1", "0"], ["--keep"],
+    ["--keys", "modality"], ["--init-std", "0.5"], ["--pairs", "first"], ["--trade-off", "2"], ["--tau", "0.2"], ["--gamma", "1"],
+    ["--layers", "4"], ["--fusion-layers", "2"], ["--heads", "3"], ["--width", "20"], ["--backbone", "mult"], ["--data", "mini4"]])
+def test_missing_every_model_flag_changes_the_loss(flags):
+    loss = []
+    for extra in ([], flags):
+        learner, _ = missing_learner("prompts", *extra)
+        learner.eval()
+        loss.append(learner.loss(learner.store.batch(torch.arange(4), 2)).item())
+    assert abs(loss[0] - loss[1]) > 1e-6
+
+
+def test_missing_every_flag_is_read():
+    source = (HERE / "missing_prompt.py").read_text()
+    listed = source[source.index("def resolve"):source.index("def main")]
+    for name in vars(mp.arguments([])):
+        assert source.count(f"a.{name}") > listed.count(f"a.{name}") or f"{name} " in source[source.index("def pretrain"):][:900], name
+
+
+def test_missing_bf16_disjoint_and_mult_run(tmp_path):
+    a = missing_args("--dtype", "bf16", "--samples", "disjoint", "--backbone", "mult", "--epochs", "1", "--batch", "8")
+    stream = affect_stream("mini", a.patterns, samples="disjoint", world=MISSING_WORLD)
+    r = mp.run_one(a, 0, 0, tmp_path, stream)
+    assert np.isfinite(np.array(r["matrix"], float)[np.tril_indices(7)]).all()
 
 
 def test_missing_smoke_as_a_user_runs_it(tmp_path):
