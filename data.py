@@ -302,6 +302,8 @@ def _read_iemocap(root, source, fold):
     opened, scale = {m: h5py.File(f, "r") for m, f in files.items()}, (0.0, 1.0)
     if (root / "A/comparE_mean_std.h5").is_file():
         with h5py.File(root / "A/comparE_mean_std.h5", "r") as f:
+            if cv not in f:
+                raise InputError(f"{root / 'A/comparE_mean_std.h5'} has no cross-validation set {cv} (--folds {fold})")
             scale = f[cv]["mean"][()], np.maximum(f[cv]["std"][()], 1e-6)
     for split, short in (("train", "trn"), ("valid", "val"), ("test", "tst")):
         labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
@@ -318,6 +320,8 @@ def _read_iemocap(root, source, fold):
             rows = [(x - scale[0]) / scale[1] for x in rows] if m == "audio" else rows
             part[m] = np.stack([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]).astype(np.float32)
         raw[split] = part
+    for f in opened.values():
+        f.close()
     return raw
 
 
