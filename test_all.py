@@ -294,6 +294,7 @@ def test_missing_gradients_frozen_parts_and_batch_invariance(method):
         learner.begin(task, torch.arange(12))
         for step in range(3):                                        # a zero factor learns one step after the other
             learner.train()
+            assert learner.net.training != learner.frozen            # no dropout inside what does not learn
             rows = torch.arange(12)
             b = learner.store.batch(rows, torch.tensor([2, 4] * 6) if learner.joint else task)
             optimizer.zero_grad()
