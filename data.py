@@ -127,7 +127,7 @@ def _object_picture(rng, kind="photo"):
         for _ in range(40):
             draw.point((rng.randrange(_SIDE), rng.randrange(_SIDE)), fill=tuple(rng.randint(120, 255) for _ in range(3)))
     shape, colour = rng.choice(_SHAPES), rng.choice(list(_COLOURS))
-    size = rng.randint(26, 38)
+    size = rng.randint(28, 36)
     x, y = rng.randint(2, _SIDE - size - 2), rng.randint(2, _SIDE - size - 2)
     _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
     return image, {"shape": shape, "colour": colour}
@@ -141,7 +141,7 @@ _FONT = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", (
 
 
 def _write(draw, rng, word, y, fill):
-    x, y = rng.randint(2, _SIDE - 2 - 6 * len(word)), y + rng.randint(1, 4)
+    x, y = rng.randrange(3, _SIDE - 2 - 6 * len(word), 6), y + rng.randint(2, 3)
     for i, letter in enumerate(word.upper()):
         for column, bits in enumerate(bytes.fromhex(_FONT[letter])):
             draw.point([(x + 6 * i + column, y + row) for row in range(7) if bits >> row & 1], fill=fill)
@@ -269,6 +269,20 @@ def mini_coin_sample(task, rng):
         return image, question, WORD, answer
     side = {"left": "to the left of", "right": "to the right of"}.get(skill, skill)
     return image, f"What is {side} the {argument}?", WORD, answer
+
+
+def mini_coin_labelled(rng):
+    """An upstream picture with labels for the eyes of the small backbone: (image, cells, words).
+
+    cells: nine (shape, colour) numbers from 1, row by row, 0 for an empty cell; None if it is no scene.  words: what it shows."""
+    draw = rng.choice((_scene_picture, _scene_picture, _object_picture, _sign_picture, _sign_picture, _cover_picture))
+    image, facts = draw(rng)
+    if draw is not _scene_picture:
+        return image, None, list(facts.values())
+    cells = [(0, 0)] * 9
+    for shape, colour, column, row, _ in facts["objects"]:
+        cells[3 * row + column] = _SHAPES.index(shape) + 1, list(_COLOURS).index(colour) + 1
+    return image, cells, []
 
 
 def mini_coin_upstream(rng):

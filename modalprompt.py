@@ -28,7 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
-from data import COIN, MINI_COIN, InputError, instruction_stream, mini_coin_upstream, mini_coin_words, open_picture
+from data import (MINI_COIN, InputError, instruction_stream, mini_coin_labelled, mini_coin_upstream, mini_coin_words,
+                  open_picture, picture_problem)
 from metrics import Run, atomic, run_cli, score_instruction
 
 # ------------------------------------------------------------------------------------- the paper: Eq. 1 to Eq. 8
@@ -355,7 +356,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=4, clip_width=64, steps=3500, clip_steps=700, batch=64, lr=2e-3, seed=0)
+MINI = dict(width=96, layers=4, clip_width=64, sight_steps=1200, steps=2500, clip_steps=600, batch=64, lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
 
@@ -373,9 +374,14 @@ def _quiet():
     return __import__("transformers")
 
 
-def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16):
-    """An untrained small LLaVA and a small CLIP with a word-level tokenizer over `words`.
+SEVEN_B = dict(width=4096, layers=32, clip_width=768, side=336, patch=14, heads=32, inner=11008, tower=(1024, 24, 16, 4096),
+               vocabulary=32064)                                         # LLaVA-1.5-7B and CLIP-L/14-336, for --bench
 
+
+def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, heads=4, inner=None, tower=None, vocabulary=0):
+    """An untrained LLaVA and CLIP, small by default, with a word-level tokenizer over `words`.
+
+    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers as wide as what they feed.
     Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained and the Auto classes work.
     """
     tf = _quiet()
@@ -394,18 +400,20 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16):
 
     picture = dict(do_resize=True, size={"height": side, "width": side}, do_center_crop=False,
                    image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    tower = dict(image_size=side, patch_size=patch, num_attention_heads=4)
+    vision = lambda w: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+                                tower or (w, 2, 4, 2 * w)), image_size=side, patch_size=patch)
+    size, inner = max(len(words), vocabulary), inner or 2 * width
     model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, **tower),
-        text_config=tf.LlamaConfig(vocab_size=len(words), hidden_size=width, intermediate_size=2 * width,
-                                   num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-                                   max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        image_token_index=4, image_seq_length=(side // patch) ** 2, vision_feature_layer=-1))
+        vision_config=tf.CLIPVisionConfig(**vision(width)), image_token_index=4, image_seq_length=(side // patch) ** 2,
+        text_config=tf.LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                                   num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
+                                   pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        vision_feature_layer=-2 if tower else -1))
     processor = tf.LlavaProcessor(tf.CLIPImageProcessorPil(**picture), tokenizer(False), patch_size=patch,
                                   vision_feature_select_strategy="default", num_additional_image_tokens=1)
     g = clip_width
     clip = tf.CLIPModel(tf.CLIPConfig(
-        projection_dim=g, vision_config=dict(hidden_size=g, intermediate_size=2 * g, num_hidden_layers=2, **tower),
+        projection_dim=g, vision_config=vision(g),
         text_config=dict(vocab_size=len(words), hidden_size=g, intermediate_size=2 * g, num_hidden_layers=2,
                          num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)))
     text = tokenizer(True)
@@ -413,9 +421,10 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16):
     return model, processor, clip, tf.CLIPProcessor(tf.CLIPImageProcessorPil(**picture), text)
 
 
-def pretrain(folder, config=MINI, progress=True):
+def pretrain(folder, config=MINI, progress=True, watch=None):
     """Pre-trains the small LLaVA and the small CLIP on the upstream mixture and saves both as ordinary model folders.
 
+    First the vision tower alone names what stands where in a picture, then the whole model answers, then CLIP aligns.
     Upstream (data.mini_coin_upstream): a terse skill word, before the picture or in the user's turn among filler words;
     full-sentence answers unless it says "short".  None of the stream's sentences, instructions or pictures occur in it.
     """
@@ -429,14 +438,14 @@ def pretrain(folder, config=MINI, progress=True):
     pixels = lambda images: torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
     fill = lambda n: " ".join(rng.choice(FILLERS) for _ in range(rng.randint(0, n)))
 
-    def batches(steps, what):
+    def batches(steps, what, draw):
         bar = tqdm(range(steps), desc=f"pre-training the small {what} (once)", disable=not progress, mininterval=1)
         for step in bar:
-            yield step, [mini_coin_upstream(rng) for _ in range(config["batch"])], bar
+            yield step, [draw(rng) for _ in range(config["batch"])], bar
 
-    def fit(module, steps, what, loss_of):
+    def fit(module, steps, what, loss_of, draw=mini_coin_upstream):
         opt = torch.optim.AdamW(module.parameters(), config["lr"], betas=(0.9, 0.98), weight_decay=0.01)
-        for step, rows, bar in batches(steps, what):
+        for step, rows, bar in batches(steps, what, draw):
             for group in opt.param_groups:                               # warm-up, then cosine to zero
                 group["lr"] = config["lr"] * min(1, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
             loss = loss_of(rows)
@@ -446,18 +455,29 @@ def pretrain(folder, config=MINI, progress=True):
             opt.step()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+            if watch:
+                watch(what, step, model)
+
+    def sight(rows):
+        h = tower(pixels([r[0] for r in rows])).last_hidden_state[:, 1:]                 # (B,9,D)
+        scenes = torch.tensor([r[1] is not None for r in rows])
+        cells = torch.tensor([r[1] for r in rows if r[1] is not None])                   # (B',9,2)
+        shown = torch.tensor([[w in r[2] for w in vocabulary] for r in rows if r[1] is None], dtype=torch.float)
+        parts = heads[0](h[scenes]).split(32, -1)
+        return sum(F.cross_entropy(p.flatten(0, 1), cells[..., j].flatten()) for j, p in enumerate(parts)) + \
+            20 * F.binary_cross_entropy_with_logits(heads[1](h[~scenes].flatten(1)), shown)
 
     def language(rows):
-        heads = []
+        said = []
         for image, skill, text, _, _ in rows:
             see = "<image>" * n_image * (image is not None)
-            heads.append(f"{skill} USER: {see} {fill(3)} {text} {fill(3)} ASSISTANT:" if rng.random() < 0.5 else
+            said.append(f"{skill} USER: {see} {fill(3)} {text} {fill(3)} ASSISTANT:" if rng.random() < 0.5 else
                          f"USER: {see} {fill(1)} {skill} {text} {fill(2)} ASSISTANT:")
-        heads, tails = ids(heads), [a + [2] for a in ids([r[3] for r in rows])]
-        left, A = max(map(len, heads)) + 1, max(map(len, tails))
+        said, tails = ids(said), [a + [2] for a in ids([r[3] for r in rows])]
+        left, A = max(map(len, said)) + 1, max(map(len, tails))
         x = torch.zeros(len(rows), left + A, dtype=torch.long)
         y = torch.full((len(rows), A), -100)
-        for b, (head, tail) in enumerate(zip(heads, tails)):
+        for b, (head, tail) in enumerate(zip(said, tails)):
             x[b, left - len(head) - 1:left + len(tail)] = torch.tensor([1] + head + tail)
             y[b, :len(tail)] = torch.tensor(tail)
         logits = model(input_ids=x, attention_mask=(x != 0).long(), logits_to_keep=A + 1, use_cache=False,
@@ -470,6 +490,9 @@ def pretrain(folder, config=MINI, progress=True):
         return clip(pixel_values=pixels([r[0] for r in rows]), input_ids=text["input_ids"],
                     attention_mask=text["attention_mask"], return_loss=True).loss
 
+    tower, vocabulary = model.model.vision_tower, mini_coin_words()
+    heads = nn.ModuleList([nn.Linear(config["width"], 64), nn.Linear(n_image * config["width"], len(vocabulary))])
+    fit(nn.ModuleList([tower, heads]), config["sight_steps"], "eyes", sight, mini_coin_labelled)
     fit(model.train(), config["steps"], "LLaVA", language)
     fit(clip.train(), config["clip_steps"], "CLIP", contrast)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
@@ -485,7 +508,7 @@ def pretrain(folder, config=MINI, progress=True):
 def mini_backbone(smoke=False):
     """Folder with llava/ and clip/ of the small backbone; trained on the first call, read from the cache afterwards."""
     import hashlib
-    config = {**MINI, **(dict(steps=60, clip_steps=20, batch=32) if smoke else {})}
+    config = {**MINI, **(dict(sight_steps=20, steps=40, clip_steps=20, batch=32) if smoke else {})}
     name = hashlib.sha256(json.dumps([config, MINI_COIN], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / f"mini-coin-v{MINI_COIN}-{name}"
     if not (folder / "clip").exists():
@@ -725,6 +748,10 @@ LR = {"modalprompt": 0.02, "finetune": 2e-3, "multi-task": 2e-3, "moelora": 2e-3
 BOUNDS = ("zero-shot", "multi-task")
 
 
+def default_lr(a):
+    return LR[a.method] if a.backbone == "mini" else 2e-4
+
+
 @torch.no_grad()
 def guidance_features(guidance, samples, batch=64):
     """x_v (N,G), x_t (N,G) of a list of samples, in order: frozen, hence computed once a sample.  Empty list: (0,G)."""
@@ -902,6 +929,231 @@ def run_one(a, folder):
     return out
 
 
+
+# ---------------------------------------------------------------------------------------- tables, bench, one answer
+SETTINGS = {**{name: {"method": name} for name in METHODS},              # what differs from the defaults
+            "image": {"lam": 1.0}, "text": {"lam": 0.0},                 # Table 3
+            "fusion only": {"selection": False}, "selection only": {"fusion": False},                        # Table 5
+            **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},     # Fig. 3
+            **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
+TABLES = {"2": list(METHODS), "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
+          "10": ["finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"],
+          "fig3": ["length 1", "length 2", "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora",
+                   "experts 16"], "fig4": ["modalprompt"]}
+PAPER = {"multi-task": {"Last": 67.10}, "zero-shot": {"Last": 48.89},    # Tables 2 to 5; None: not in the paper
+         "finetune": {"Last": 29.06, "Avg": 17.53, "B": 51.73, "M": 26.19},     # B: its formula gives 53.26 (README)
+         "coda": {"Last": 45.46, "Avg": 39.93, "B": 14.34, "M": 43.18}, "dualprompt": {"Last": 43.05, "Avg": 36.92},
+         "l2p": {"Last": 42.99, "Avg": 35.91}, "moelora": {"Last": 37.48, "Avg": 28.53, "B": 36.95, "M": 36.29},
+         "modalprompt": {"Last": 55.06, "Avg": 54.19, "B": 3.72, "M": 56.10}, "image": {"Last": 51.95, "Avg": 50.35},
+         "text": {"Last": 50.39, "Avg": 49.02}, "fusion only": {"Last": 37.36, "Avg": 31.87, "B": 27.09, "M": 34.94},
+         "selection only": {"Last": 44.81, "Avg": 38.24, "B": 17.16, "M": 40.71}}
+
+
+def finished(folder):
+    """results.json of a finished run, or None."""
+    try:
+        return json.loads((folder / "results.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def run_table(a, out):
+    """One table or figure of the paper at the chosen scale, beside the paper's numbers: table<N>.md and .json in `out`.
+
+    Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again (other arguments: a clear error), so
+    a stopped table goes on where it was.  Tables share their runs.  --no-run prints what is there."""
+    names, seeds = TABLES[a.table], a.seeds
+    todo = [(seed, name) for seed in seeds for name in names
+            if a.run and finished(out / name.replace(" ", "-") / f"seed{seed}") is None]
+    for n, (seed, name) in enumerate(todo):
+        one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
+        one.lr = a.lr if a.given_lr else default_lr(one)
+        print(f"[{n + 1}/{len(todo)}] {name}, seed {seed}", flush=True)
+        run_one(one, out / name.replace(" ", "-") / f"seed{seed}")
+    rows = {name: [r for seed in seeds if (r := finished(out / name.replace(" ", "-") / f"seed{seed}"))] for name in names}
+    lines = [f"Table {a.table} of the paper on {a.data}: mean ± standard deviation over seeds; (paper) is LLaVA-1.5-7B on CoIN.",
+             "Last, Avg, M: higher is better; B: lower.  p: two-sided sign-flip test of Last against modalprompt, per seed.", ""]
+    keys = ("Last", "Avg", "B", "M")
+    lines += ["| | " + " | ".join(f"{k} | (paper)" for k in keys) + " | Last - modalprompt | p | seeds | min/run |", "|---" * 13 + "|"]
+    ours = {r["args"]["seed"]: r["metrics"]["Last"] for r in rows.get("modalprompt", [])}
+    for name in names:
+        got, cells = rows[name], []
+        for k in keys:
+            values = [r["metrics"][k] for r in got if r["metrics"].get(k) is not None]
+            mean, std = metrics.mean_std(values) if values else (0, 0)
+            cells += [f"{mean:.1f} ± {std:.1f}" if values else "-" if got else "not run",
+                      f"{PAPER[name][k]:.2f}" if k in PAPER.get(name, {}) else "-"]
+        both = [(r["metrics"]["Last"], ours[s]) for r in got if (s := r["args"]["seed"]) in ours and name != "modalprompt"]
+        test = metrics.paired(*zip(*both)) if both else None
+        lines.append(f"| {name} | " + " | ".join(cells) + (f" | {test['difference']:+.1f} | {test['p']:.3f}" if test else " | - | -")
+                     + f" | {len(got)} | " + (f"{np.mean([r['minutes'] for r in got]):.1f} |" if got else "- |"))
+    some = next((r for got in rows.values() for r in got), None)
+    if a.table == "2" and some:
+        lines += ["", "Last by task:", "", "| | " + " | ".join(some["tasks"]) + " |", "|---" * (1 + len(some["tasks"])) + "|"]
+        mean = lambda got, what: np.mean([np.array(r[what][-1], float) for r in got], 0)
+        lines += [f"| {n} | " + " | ".join(f"{x:.1f}" for x in mean(rows[n], "matrix")) + " |" for n in names if rows[n]]
+        lines += ["", "Last with the official scoring (REC, ImageNet and OCRVQA differ): " +
+                  ", ".join(f"{n} {np.mean([r['official']['Last'] for r in rows[n]]):.1f}" for n in names if rows[n])]
+    if a.table in ("10", "fig4"):
+        for name in (n for n in names if rows[n]):
+            A = np.mean([np.array(r["matrix"], float) for r in rows[name]], 0)
+            lines += ["", f"{name}, mean of {len(rows[name])} seeds (rows: after learning)", "", "```",
+                      metrics.format_matrix(A, some["tasks"]), "```"]
+            metrics.heat_map(A, out / f"matrix-{name}.png", some["tasks"], some["tasks"], f"{name}: A[t,i]")
+    if a.table == "fig4" and some:
+        near = np.mean([r["similarity"] for r in rows["modalprompt"]], 0)
+        picked = np.mean([np.array(r["selection_counts"]) for r in rows["modalprompt"]], 0)
+        picked = 100 * picked / picked.sum(1, keepdims=True)
+        metrics.heat_map(near, out / "fig4-similarity.png", some["tasks"], some["tasks"], "similarity: prototype x task", 0, 1)
+        metrics.heat_map(picked, out / "fig4-selection.png", some["tasks"], some["tasks"], "% of picks: task x prompt set", 0, 34)
+        for title, X in (("Similarity of prototype (row) and task (column)", near), ("Share of picks in %: task (row), set (column)",
+                                                                                    picked)):
+            lines += ["", title, "", "```", "\n".join(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row)
+                                                      for n, row in zip(some["tasks"], X)), "```"]
+    text = "\n".join(lines)
+    with atomic(out / f"table{a.table}.md") as f:
+        f.write(text + "\n")
+    with atomic(out / f"table{a.table}.json") as f:
+        json.dump({n: [{k: r[k] for k in ("metrics", "matrix", "minutes")} | {"seed": r["args"]["seed"]} for r in got]
+                   for n, got in rows.items()}, f)
+    print(text)
+
+
+
+def answer_one(a):
+    """--answer IMAGE "question" --prompts FILE: selects among the saved prompts, prints the answer and the chosen tasks."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    image, question = a.answer
+    path = Path(a.prompts or "")
+    if not a.prompts or not path.is_file():
+        raise InputError(f"--answer needs --prompts FILE, the prompts.safetensors of a run; {a.prompts or 'none'} is not there")
+    try:
+        method = ModalPrompt.from_tensors(load_file(path))
+    except SafetensorError as e:
+        raise InputError(f"{path} is not a safetensors file ({e}); use the prompts.safetensors of a run")
+    if image != "none" and (problem := picture_problem(image)):
+        raise InputError(f"{image}: {problem}; give a picture file, or the word none for a question without a picture")
+    results = finished(path.parent) or {}
+    if a.backbone == "mini" and results.get("args", {}).get("backbone", "mini") != "mini":
+        raise InputError(f"these prompts belong to --backbone {results['args']['backbone']}; give it and its --clip")
+    vlm, guidance = load(a.backbone, a.clip, a.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], a.template,
+                         a.text_feature, a.smoke)
+    if (vlm.width, guidance.width) != (method.width, method.guidance_width):
+        raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip have "
+                         f"{vlm.width} and {guidance.width}; give the models it was learned with")
+    method, guidance = method.to(a.device), guidance.to(a.device)
+    sample = {"image": None if image == "none" else image, "text": question.replace("\\n", "\n"), "pad": True}
+    prefix, chosen = method.select(*guidance([open_picture(sample)], [sample["text"]]))
+    names = results.get("tasks") or [str(i + 1) for i in range(len(method.prompts))]
+    print(vlm.answer([sample], prefix, max_new_tokens=a.max_new_tokens)[0])
+    print(f"prompt sets, nearest last: {' '.join(names[i] for i in chosen[0].tolist())}", file=sys.stderr)
+
+
+def learned(method, vlm, T):
+    """method with T tasks begun and ended, untrained: what costs time does not depend on what was learned."""
+    for t in range(T):
+        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
+        method.end_task()
+    return method
+
+
+def bench(a):
+    """Parameters, memory, step time and answers per second of one method, and how an answer's time grows with the tasks."""
+    seven = a.backbone == "7b"
+    if seven:
+        meta = a.device == "cpu"
+        with torch.device("meta" if meta else a.device):
+            torch.set_default_dtype(torch.bfloat16)
+            model, processor, clip, clip_processor = tiny_models(mini_coin_words(), **SEVEN_B)
+            torch.set_default_dtype(torch.float32)
+        vlm, guidance = VLM(model, processor, "plain"), Guidance(clip, clip_processor)
+    else:
+        vlm, guidance = load(a.backbone, a.clip, a.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], a.template,
+                             a.text_feature, a.smoke)
+    base = sum(p.numel() for p in vlm.model.parameters())
+    a.tasks = 8
+    method = METHODS[a.method](vlm, guidance.width, 8, a).to(vlm.device)
+    for t in range(8):
+        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    row = {"method": a.method, "trainable": trained, "frozen": base, "share_percent": 100 * trained / base}
+    if seven and meta:
+        print(f"{a.method} at LLaVA-1.5-7B shapes: trainable {trained:,} a task = {row['share_percent']:.2f} % of {base:,}; "
+              "memory and time: not run, that needs a GPU with about 24 GB")
+        return row
+    samples = instruction_stream(a.data, a.root, 0, a.sizes, a.limit).tasks[0]
+    train, test = (samples.train * 99)[:a.batch], (samples.test * 99)[:a.eval_batch]
+    guidance.to(a.device)
+    sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
+
+    def seconds(*jobs, repeats=7):
+        """The median time of each job, run in turns so that the machine's moods fall on all of them."""
+        times = [[] for _ in jobs]
+        for r in range(repeats + 1):
+            for job, mine in zip(jobs, times):
+                sync()
+                start = time.perf_counter()
+                job()
+                sync()
+                mine += [time.perf_counter() - start] * (r > 0)          # the first round warms up
+        return [float(np.median(m)) for m in times]
+
+    def step():
+        prefix, extra = method(*(f.to(a.device) for f in guidance_features(guidance, train)))
+        nll, n = vlm.loss(train, prefix, method.deep)
+        (nll / n + sum(extra.values())).backward()
+
+    def answering(m):
+        def job():
+            prefix, _ = m.select(*(f.to(a.device) for f in guidance_features(guidance, test)))
+            vlm.answer(test, prefix, m.deep, max_new_tokens=8, min_new_tokens=8)
+        return job
+
+    vlm.model.requires_grad_(False)
+    if trained:
+        row["step_seconds"] = seconds(step)[0]
+    row["answer_seconds"], row["frozen_answer_seconds"] = (x / len(test) for x in seconds(answering(method),
+                                                                                          answering(Frozen(vlm.width))))
+    row["tokens_per_second"], row["peak_memory_mb"] = 8 / row["answer_seconds"], metrics.peak_memory_mb()
+    if a.method in ("modalprompt", "progressive"):
+        few, many = (learned(METHODS[a.method](vlm, guidance.width, T, a).to(a.device), vlm, T) for T in (8, 64))
+        x, y = seconds(answering(few), answering(many), repeats=11)
+        row["64_over_8_tasks"] = y / x
+    print(f"{a.method:<12} trainable {trained:,} ({row['share_percent']:.2f} %)  " + "  ".join(
+        f"{k} {v:.4g}" for k, v in row.items() if k not in ("method", "trainable", "frozen", "share_percent")))
+    return row
+
+
+def table6(a, out):
+    """Table 6: memory, time and trainable share of three methods, one process each; the backbone's size stands in the title."""
+    import subprocess
+    rows = []
+    for name in ("moelora", "coda", "modalprompt", "progressive"):
+        code = "import json,sys,modalprompt as m; print(json.dumps(m.bench(m.settle(m.parser().parse_args(sys.argv[1:])))))"
+        flags = ["--method", name, "--backbone", a.backbone, "--device", a.device, "--batch", str(a.batch), "--eval-batch",
+                 str(a.eval_batch), "--dtype", a.dtype] + (["--clip", a.clip] if a.clip else []) + ["--smoke"] * a.smoke
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=Path(__file__).parent)
+        if done.returncode:
+            raise InputError(f"the bench of {name} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    where = metrics.environment()["hardware"]
+    lines = [f"Table 6 on --backbone {a.backbone}, {where}, batch {a.batch}; (paper) is LLaVA-1.5-7B on A6000.", "",
+             "| | memory MiB | (paper) | s/step | tokens/s | (paper) | trainable % | (paper) | time at 64 tasks / at 8 |", "|---" * 9 + "|"]
+    paper = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27)}
+    show = lambda r, k, form: form.format(r[k]) if k in r else "not run"
+    for r in rows:
+        memory, speed, share = paper.get(r["method"], ("-",) * 3)
+        lines.append(f"| {r['method']} | {show(r, 'peak_memory_mb', '{:.0f}')} | {memory} | {show(r, 'step_seconds', '{:.3f}')} | "
+                     f"{show(r, 'tokens_per_second', '{:.0f}')} | {speed} | {r['share_percent']:.2f} | {share} | "
+                     + (f"{r['64_over_8_tasks']:.3f} |" if "64_over_8_tasks" in r else "- |"))
+    with atomic(out / "table6.md") as f:
+        f.write("\n".join(lines) + "\n")
+    with atomic(out / "table6.json") as f:
+        json.dump({"rows": rows, "environment": metrics.environment()}, f, indent=1)
+    print("\n".join(lines))
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 
@@ -942,6 +1194,11 @@ def parser():
                    "mps" if torch.backends.mps.is_available() else "cpu")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen models; prompts stay fp32")
     flag("--checkpointing", default=False, help="gradient checkpointing: less memory, slower steps")
+    p.add_argument("--table", choices=[*TABLES, "6"], help="re-runs this table or figure of the paper and prints both")
+    flag("--run", default=True, help="with --table: without it only finished runs are shown")
+    flag("--bench", default=False, help="parameters, memory, times of --method; --backbone 7b: at LLaVA-1.5-7B shapes")
+    p.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")
+    p.add_argument("--prompts", help="prompts.safetensors of a finished run, for --answer")
     flag("--smoke", default=False, help="everything once, tiny: under a minute")
     flag("--resume", default=False, help="go on from the last finished epoch")
     flag("--quiet", default=False, help="only the last line of each run")
@@ -956,7 +1213,8 @@ def settle(a):
         a.sizes, a.epochs, a.batch, a.eval_batch = (16, 4, 8), 1, 8, 8
         a.limit = a.limit or 16
     a.sizes = tuple(a.sizes)
-    a.lr = a.lr if a.lr is not None else LR[a.method] if mini else 2e-4
+    a.given_lr = a.lr is not None
+    a.lr = a.lr if a.given_lr else default_lr(a)
     a.lr_projector = a.lr_projector if a.lr_projector is not None else 2e-3 if mini else 2e-4
     a.max_new_tokens = a.max_new_tokens or (12 if mini else 128)
     for name, low in (("length", 1), ("top_k", 1), ("epochs", 1), ("batch", 1), ("accum", 1), ("eval_batch", 1), ("rank", 1),
@@ -987,6 +1245,14 @@ def run_seeds(a, out):
 
 def main(argv=None):
     a = settle(parser().parse_args(argv))
+    if a.answer:
+        return answer_one(a)
+    if a.table == "6":
+        return table6(a, Path(a.out or "runs/modalprompt-tables"))
+    if a.bench:
+        return bench(a)
+    if a.table:
+        return run_table(a, Path(a.out or "runs/modalprompt-tables"))
     run_seeds(a, Path(a.out or f"runs/modalprompt-{a.method}"))
 
 
