@@ -3,6 +3,7 @@
 A Stream is a list of Tasks that arrive one after the other; a Task holds train, val and test samples and, in double
 increment, its subtasks.  Nothing here needs torch, a GPU or the network.
 """
+import functools
 import json
 import math
 import random
@@ -65,15 +66,13 @@ OBJECT = "What is the object in the image?"
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 MINI_COIN = 1                                                        # the version of the world below; frozen
 
-_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "arrow", "diamond", "house", "tree",
-           "cup", "key", "fish", "flag")
+_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "arrow", "house", "tree", "key")
 _COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
-            "purple": (150, 50, 190), "orange": (245, 130, 30), "pink": (250, 140, 190), "black": (25, 25, 25)}
-_SIGNS = ("stop", "exit", "sale", "open", "taxi", "cafe", "bank", "park", "farm", "shop", "wine", "milk", "news", "gate",
-          "hall", "zone")
-_TITLES = ("wind", "night", "river", "glass", "storm", "dream", "bread", "chess")
-_AUTHORS = ("smith", "jones", "baker", "clark", "evans", "lopez", "young", "wolf")
-_GENRES = {"romance": "heart", "travel": "arrow", "nature": "tree", "space": "moon", "cooking": "cup", "crime": "key"}
+            "purple": (150, 50, 190), "black": (25, 25, 25)}
+_SIGNS = ("stop", "exit", "sale", "open", "taxi", "cafe", "bank", "farm")
+_TITLES = ("wind", "rain", "gold", "fire", "lake", "echo")
+_AUTHORS = ("west", "king", "hart", "ford", "nash", "wolf")
+_GENRES = {"romance": "heart", "travel": "arrow", "nature": "tree", "space": "moon", "crime": "key"}
 _SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 _SIDE, _CELL = 48, 16                                                # a picture is 3 x 3 cells of 16 x 16 pixels
 
@@ -90,12 +89,10 @@ def _outline(shape):
             "cross": [box(.35, 0, .65, 1), box(0, .35, 1, .65)], "moon": [arc(.5, .5, .5), [*arc(.78, .4, .42)]],
             "ring": [arc(.5, .5, .5), arc(.5, .5, .26)], "arrow": [[(0, .35), (.5, .35), (.5, .05), (1, .5), (.5, .95),
                                                                      (.5, .65), (0, .65)]],
-            "diamond": [[(.5, 0), (.85, .5), (.5, 1), (.15, .5)]], "house": [box(.15, .45, .85, 1), [(.5, 0), (1, .5), (0, .5)]],
-            "tree": [arc(.5, .33, .33), box(.42, .6, .58, 1)], "cup": [box(.1, .2, .65, .95), box(.65, .35, .95, .75),
-                                                                      box(.7, .45, .85, .65)],
-            "key": [arc(.25, .5, .25), box(.4, .42, 1, .58), box(.75, .5, .85, .8), box(.9, .5, 1, .8), arc(.22, .5, .1)],
-            "fish": [arc(.4, .5, .36), [(.6, .5), (1, .15), (1, .85)]], "flag": [box(.1, 0, .2, 1), box(.2, .05, .95, .55)]
-            }[shape], {"moon": {1}, "ring": {1}, "cup": {2}, "key": {4}}.get(shape, set())
+            "house": [box(.15, .45, .85, 1), [(.5, 0), (1, .5), (0, .5)]],
+            "tree": [arc(.5, .33, .33), box(.42, .6, .58, 1)],
+            "key": [arc(.25, .5, .25), box(.4, .42, 1, .58), box(.75, .5, .85, .8), box(.9, .5, 1, .8), arc(.22, .5, .1)]
+            }[shape], {"moon": {1}, "ring": {1}, "key": {4}}.get(shape, set())
 
 
 def _draw(draw, shape, colour, box, background):
@@ -106,19 +103,19 @@ def _draw(draw, shape, colour, box, background):
                      fill=background if i in holes else colour)
 
 
-def _tint(name, rng, spread=18):
+def _tint(name, rng, spread=12):
     return tuple(int(min(255, max(0, c + rng.randint(-spread, spread)))) for c in _COLOURS[name])
 
 
 def _canvas(rng, paper=None):
     from PIL import Image, ImageDraw
-    background = paper or tuple(rng.randint(190, 245) for _ in range(3))
+    background = paper or tuple(rng.randint(205, 245) for _ in range(3))
     image = Image.new("RGB", (_SIDE, _SIDE), background)
     return image, ImageDraw.Draw(image), background
 
 
 def _object_picture(rng, kind="photo"):
-    """One large object.  kind: diagram (ruled white paper) or photo (tinted, speckled)."""
+    """One object.  kind: diagram (ruled white paper) or photo (tinted, speckled)."""
     image, draw, background = _canvas(rng, (255, 255, 255) if kind == "diagram" else None)
     if kind == "diagram":
         for y in range(6, _SIDE, 7):
@@ -126,58 +123,65 @@ def _object_picture(rng, kind="photo"):
     else:
         for _ in range(40):
             draw.point((rng.randrange(_SIDE), rng.randrange(_SIDE)), fill=tuple(rng.randint(120, 255) for _ in range(3)))
-    shape, colour = rng.choice(_SHAPES), rng.choice(list(_COLOURS))
-    size = rng.randint(28, 36)
-    x, y = rng.randint(2, _SIDE - size - 2), rng.randint(2, _SIDE - size - 2)
+    shape, colour, size, column, row = rng.choice(_SHAPES), rng.choice(list(_COLOURS)), rng.randint(12, 14), *_place(rng)
+    x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (column, row))
     _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
-    return image, {"shape": shape, "colour": colour}
+    return image, {"shape": shape, "colour": colour, "cell": (column, row)}
 
 
-# A 5 x 7 font of our own (five columns a letter, lowest bit on top), so that no Pillow version changes the world.
-_FONT = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", (
-    "7e1111117e 7f49494936 3e41414122 7f4141221c 7f49494941 7f09090901 3e4149497a 7f0808087f 00417f4100 2040413f01 "
-    "7f08142241 7f40404040 7f020c027f 7f0408107f 3e4141413e 7f09090906 3e4151215e 7f09192946 4649494931 01017f0101 "
-    "3f4040403f 1f2040201f 3f4038403f 6314081463 0708700807 6151494543").split()))
+# A 3 x 5 font of our own (five rows a letter, three bits each), so that no Pillow version changes the world.
+_FONT = dict(zip("abcdefghijklmnopqrstuvwxyz", (
+    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 67555 25552 65644 25563 65655 34216 72222 "
+    "55557 55552 55775 55255 55222 71247").split()))
 
 
-def _write(draw, rng, word, y, fill):
-    x, y = rng.randrange(3, _SIDE - 2 - 6 * len(word), 6), y + rng.randint(2, 3)
-    for i, letter in enumerate(word.upper()):
-        for column, bits in enumerate(bytes.fromhex(_FONT[letter])):
-            draw.point([(x + 6 * i + column, y + row) for row in range(7) if bits >> row & 1], fill=fill)
+def _place(rng):
+    return rng.randrange(3), rng.randrange(3)
+
+
+def _write(draw, rng, word, column, row, fill):
+    """Four letters of 3 x 5 pixels fill the width of a cell."""
+    x, y = _CELL * column, _CELL * row + rng.randint(5, 6)
+    for i, letter in enumerate(word):
+        for j, bits in enumerate(_FONT[letter]):
+            draw.point([(x + 4 * i + k, y + j) for k in range(3) if int(bits) >> (2 - k) & 1], fill=fill)
+
+
+def _ink(colour):
+    return (20, 20, 20) if sum(_COLOURS[colour]) > 330 else (255, 255, 255)
 
 
 def _sign_picture(rng):
+    """A coloured board across the picture with one word."""
     image, draw, _ = _canvas(rng)
-    word, colour, y = rng.choice(_SIGNS), rng.choice(list(_COLOURS)), _CELL * rng.randint(0, 2)
-    draw.rectangle((0, y, _SIDE, y + _CELL - 1), fill=_tint(colour, rng))
-    _write(draw, rng, word, y + 2, (20, 20, 20) if sum(_COLOURS[colour]) > 330 else (255, 255, 255))
-    return image, {"word": word, "colour": colour}
+    word, colour, (column, row) = rng.choice(_SIGNS), rng.choice(list(_COLOURS)), _place(rng)
+    draw.rectangle((0, _CELL * row, _SIDE, _CELL * (row + 1) - 1), fill=_tint(colour, rng))
+    _write(draw, rng, word, column, row, _ink(colour))
+    return image, {"word": word, "colour": colour, "cell": (column, row)}
 
 
 def _cover_picture(rng):
+    """A book: title above, the genre's emblem in the middle, author below."""
     image, draw, _ = _canvas(rng)
     colour = rng.choice(list(_COLOURS))
-    paper = _tint(colour, rng)
+    paper, ink = _tint(colour, rng), _ink(colour)
     draw.rectangle((0, 0, _SIDE, _SIDE), fill=paper)
-    draw.line((1, 0, 1, _SIDE), fill=(255, 255, 255))
-    ink = (20, 20, 20) if sum(_COLOURS[colour]) > 330 else (255, 255, 255)
     facts = {"title": rng.choice(_TITLES), "author": rng.choice(_AUTHORS), "genre": rng.choice(list(_GENRES)),
-             "colour": colour}
-    _write(draw, rng, facts["title"], 2, ink)
-    _write(draw, rng, facts["author"], 34, ink)
-    x = 17 + rng.randint(-1, 1)
+             "colour": colour, "columns": tuple(rng.randrange(3) for _ in range(3))}
+    for row, key in ((0, "title"), (2, "author")):
+        _write(draw, rng, facts[key], facts["columns"][row], row, ink)
+    x = _CELL * facts["columns"][1] + rng.randint(0, 2)
     _draw(draw, _GENRES[facts["genre"]], ink, (x, 17, x + 13, 30), paper)
     return image, facts
 
 
-def _scene_picture(rng, shapes=_SHAPES[:10]):
+def _scene_picture(rng):
     """Three to six objects in the cells.  facts["objects"]: (shape, colour, column, row, box in pixels)."""
     image, draw, background = _canvas(rng)
-    few = rng.sample(shapes, 4)                                      # few shapes: some repeat, so that counting has a point
+    few = rng.sample(_SHAPES[:10], 4)                                     # few shapes: some repeat, so that counting has a point
     objects = []
     for cell in rng.sample(range(9), rng.randint(3, 6)):
-        shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(12, 14)
+        shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
         x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (cell % 3, cell // 3))
         box = (x, y, x + size, y + size)
         _draw(draw, shape, _tint(colour, rng), box, background)
@@ -202,14 +206,13 @@ def _scene_facts(objects):
     at = {(o[2], o[3]): o[0] for o in objects}
     facts = {"colour": [], "count": [], "locate": [], **{side: [] for side in _SIDES}}
     for shape, colour, column, row, box in objects:
-        if [o[:2] for o in objects].count((shape, colour)) == 1:
-            facts["locate"].append((f"{colour} {shape}", box_text(box)))
         if shapes.count(shape) == 1:
+            facts["locate"].append((f"{colour} {shape}", box_text(box)))
             facts["colour"].append((shape, colour))
             for side, (dx, dy) in _SIDES.items():
                 if (column + dx, row + dy) in at:
                     facts[side].append((shape, at[column + dx, row + dy]))
-    facts["count"] = [(shape, str(shapes.count(shape))) for shape in sorted(set(shapes))]
+    facts["count"] = [("", str(len(objects)))]
     return facts
 
 
@@ -265,34 +268,50 @@ def mini_coin_sample(task, rng):
     if task == "REC":
         return image, BOX.format(argument), "", answer
     if task == "VQAv2":
-        question = f"What is the colour of the {argument}?" if skill == "colour" else f"How many of the objects are a {argument}?"
+        question = f"What is the colour of the {argument}?" if skill == "colour" else "How many things are there?"
         return image, question, WORD, answer
     side = {"left": "to the left of", "right": "to the right of"}.get(skill, skill)
     return image, f"What is {side} the {argument}?", WORD, answer
 
 
-def mini_coin_labelled(rng):
-    """An upstream picture with labels for the eyes of the small backbone: (image, cells, words).
+def _labels(kind, facts):
+    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 12 numbers.
 
-    cells: nine (shape, colour) numbers from 1, row by row, 0 for an empty cell; None if it is no scene.  words: what it shows."""
-    draw = rng.choice((_scene_picture, _scene_picture, _object_picture, _sign_picture, _sign_picture, _cover_picture))
-    image, facts = draw(rng)
-    if draw is not _scene_picture:
-        return image, None, list(facts.values())
-    cells = [(0, 0)] * 9
-    for shape, colour, column, row, _ in facts["objects"]:
-        cells[3 * row + column] = _SHAPES.index(shape) + 1, list(_COLOURS).index(colour) + 1
-    return image, cells, []
+    Shape, colour, the shapes left, right, above and below, how many of this shape, its box in twentieths, the word written
+    there; 0 where there is none."""
+    cells, words = [[0] * 12 for _ in range(9)], (*_SIGNS, *_TITLES, *_AUTHORS)
+
+    def number(x, y, **labels):
+        for name, value in labels.items():
+            cells[3 * y + x][{"shape": 0, "colour": 1, "word": 11}[name]] = value + 1
+
+    colour = list(_COLOURS).index
+    if kind in ("diagram", "photo"):
+        number(*facts["cell"], shape=_SHAPES.index(facts["shape"]), colour=colour(facts["colour"]))
+    elif kind == "sign":
+        number(*facts["cell"], word=words.index(facts["word"]), colour=colour(facts["colour"]))
+    elif kind == "cover":
+        number(facts["columns"][0], 0, word=words.index(facts["title"]))
+        number(facts["columns"][1], 1, shape=_SHAPES.index(_GENRES[facts["genre"]]))
+        number(facts["columns"][2], 2, word=words.index(facts["author"]))
+    elif kind == "scene":
+        at = {(o[2], o[3]): _SHAPES.index(o[0]) + 1 for o in facts["objects"]}
+        for shape, name, x, y, box in facts["objects"]:
+            cells[3 * y + x] = [at[x, y], colour(name) + 1, *(at.get((x + dx, y + dy), 0) for dx, dy in _SIDES.values()),
+                                list(at.values()).count(at[x, y]), *(round(c / _SIDE * 20) for c in box), 0]
+    return cells
 
 
 def mini_coin_upstream(rng):
-    """One sample of the upstream mixture that the small backbone is pre-trained on: (image or None, skill, text, answer, caption).
+    """One picture of the upstream mixture that the small backbone is pre-trained on, with all its questions.
 
-    Disjoint from the stream: other pictures, terse skill words instead of the stream's sentences and instructions, and
-    full sentences for answers unless the skill says "short".  caption: what the guidance encoder is aligned with.
+    Returns (image or None, [(skill, text, answer, sentence)], caption, cells).  Disjoint from the stream: other pictures, terse
+    skill words instead of the stream's sentences and instructions; sentence is the answer in full, which is given unless
+    the skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
     """
-    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "text", "blur"))
-    image, say = None, None
+    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "text", "diagram",
+                       "blur"))
+    image, say, facts = None, [], {}
     if kind in ("diagram", "photo"):
         image, facts = _object_picture(rng, kind)
         caption = f"a {kind} of a {facts['colour']} {facts['shape']}"
@@ -309,37 +328,41 @@ def mini_coin_upstream(rng):
         image, facts = _scene_picture(rng)
         caption = "a scene with " + " and ".join(f"a {o[1]} {o[0]}" for o in facts["objects"])
         forms = {"colour": "the colour is {}", "count": "there are {}", "locate": "it is at {}"}
-        facts = _scene_facts(facts["objects"])
-        skill = rng.choice(("colour", "count", "locate", *_SIDES))
-        say = [(skill, argument, answer, forms.get(skill, "it shows a {}")) for argument, answer in facts[skill]]
-    if kind in ("text", "diagram") and rng.random() < (1 if image is None else .6):
-        pool = rng.choice(list(_KINDS)) if image is None else rng.choice(("shape", "colour"))
-        answer = rng.choice(_KINDS[pool]) if image is None else facts[pool]
-        others = [w for k in _KINDS if k != pool for w in _KINDS[k]] if image is None else _KINDS[pool]
-        options, letter = _options(rng, answer, others)
-        say = [("choose", f"{pool} {options}", letter, "the choice is {}")]
-        caption = caption if image is not None else f"words about {pool}"
-    if kind == "blur":
+        say = [(s, *fact, forms.get(s, "it shows a {}")) for s, all_facts in _scene_facts(facts["objects"]).items()
+               for fact in rng.sample(all_facts, min(2, len(all_facts)))]
+    elif kind == "blur":
         image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
         image, caption = _blur(image, rng), "a blurred picture"
-        say = [(rng.choice(("name", "colour", "read")), "", "unanswerable", "it is {}")]
-    if not say:                                                      # no question of this skill fits the scene
-        return mini_coin_upstream(rng)
-    skill, argument, answer, form = rng.choice(say)
-    short = rng.random() < 0.5
-    return image, skill + (" short" if short else ""), argument, answer if short else form.format(answer), caption
+        say = [(skill, "", "unanswerable", "it is {}") for skill in ("name", "colour", "read")]
+    if kind in ("text", "diagram"):                                  # lettered options
+        for _ in range(3):
+            pool = rng.choice(list(_KINDS)) if image is None else rng.choice(("shape", "colour"))
+            answer = rng.choice(_KINDS[pool]) if image is None else facts[pool]
+            others = [w for k in _KINDS if k != pool for w in _KINDS[k]] if image is None else _KINDS[pool]
+            options, letter = _options(rng, answer, others)
+            say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
+            if image is None:                                        # the same with the answer named: which letter it has
+                say.append(("letter", f"{answer} {options}", letter, "the choice is {}"))
+            caption = caption if image is not None else f"words about {pool}"
+    return image, [(s, text, answer, form.format(answer)) for s, text, answer, form in say], caption, _labels(kind, facts)
 
 
+MINI_WORD = r"<image>|[A-E]\.|\d\.\d\d|\w+|[^\w\s]"                # one token of the small backbone
+
+
+@functools.cache
 def mini_coin_words():
     """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small backbone."""
     rng, seen = random.Random("vocabulary"), {}
     lines = [" ".join((*_SHAPES, *_COLOURS, *_SIGNS, *_TITLES, *_AUTHORS, *_GENRES, *map(str, range(10)))),
-             " ".join(f"{i / 20:.2f}" for i in range(21))]
-    lines += [" ".join(mini_coin_upstream(rng)[1:]) for _ in range(3000)]
+             " ".join(f"{i / 20:.2f}" for i in range(21)), "A. B. C. D. E. A B C D E"]
+    for _ in range(1500):
+        _, said, caption, _ = mini_coin_upstream(rng)
+        lines += [caption, "short", *(" ".join(turn) for turn in said)]
     lines += [" ".join(mini_coin_sample(task, rng)[1:]) for task in COIN for _ in range(200)]
     for line in lines:
-        seen.update(dict.fromkeys(re.findall(r"\d\.\d\d|\w+|[^\w\s]", line)))
-    return sorted(seen)
+        seen.update(dict.fromkeys(re.findall(MINI_WORD, line)))
+    return tuple(sorted(seen))
 
 
 _MINI_KINDS = dict(zip(COIN, ("letter", "vqa", "class", "gqa", "word", "box", "word", "title")))   # metrics.score_instruction

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
-from data import (MINI_COIN, InputError, instruction_stream, mini_coin_labelled, mini_coin_upstream, mini_coin_words,
+from data import (MINI_COIN, MINI_WORD, InputError, instruction_stream, mini_coin_upstream, mini_coin_words,
                   open_picture, picture_problem)
 from metrics import Run, atomic, run_cli, score_instruction
 
@@ -356,7 +357,8 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=4, clip_width=64, sight_steps=1200, steps=2500, clip_steps=600, batch=64, lr=2e-3, seed=0)
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1200, steps=2000, clip_steps=600, batch=64,
+            lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
 
@@ -386,15 +388,15 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, hea
     """
     tf = _quiet()
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    special = ["<pad>", "<s>", "<unk>", "</s>", "<image>"]               # </s> is 3: CLIP reads eos_token_id 2 as "largest id"
     words = special + [w for w in dict.fromkeys(["USER", "ASSISTANT", ":", *FILLERS, *words]) if w not in special]
 
     def tokenizer(end):
         raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\d\.\d\d|\w+|[^\w\s]"), "isolated"),
+        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(MINI_WORD), "isolated"),
                                                      pre_tokenizers.Split(Regex(r"\s+"), "removed")])
         raw.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>" if end else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
+            single="<s> $A </s>" if end else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 3)])
         return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                           unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left")
 
@@ -407,7 +409,7 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, hea
         vision_config=tf.CLIPVisionConfig(**vision(width)), image_token_index=4, image_seq_length=(side // patch) ** 2,
         text_config=tf.LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
                                    num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
-                                   pad_token_id=0, bos_token_id=1, eos_token_id=2),
+                                   pad_token_id=0, bos_token_id=1, eos_token_id=3),
         vision_feature_layer=-2 if tower else -1))
     processor = tf.LlavaProcessor(tf.CLIPImageProcessorPil(**picture), tokenizer(False), patch_size=patch,
                                   vision_feature_select_strategy="default", num_additional_image_tokens=1)
@@ -415,7 +417,7 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, hea
     clip = tf.CLIPModel(tf.CLIPConfig(
         projection_dim=g, vision_config=vision(g),
         text_config=dict(vocab_size=len(words), hidden_size=g, intermediate_size=2 * g, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)))
+                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=3, pad_token_id=0)))
     text = tokenizer(True)
     text.padding_side = "right"
     return model, processor, clip, tf.CLIPProcessor(tf.CLIPImageProcessorPil(**picture), text)
@@ -424,31 +426,33 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, hea
 def pretrain(folder, config=MINI, progress=True, watch=None):
     """Pre-trains the small LLaVA and the small CLIP on the upstream mixture and saves both as ordinary model folders.
 
-    First the vision tower alone names what stands where in a picture, then the whole model answers, then CLIP aligns.
-    Upstream (data.mini_coin_upstream): a terse skill word, before the picture or in the user's turn among filler words;
-    full-sentence answers unless it says "short".  None of the stream's sentences, instructions or pictures occur in it.
+    First the vision tower alone names what stands where in a picture; it is frozen, and the rest learns to answer, as in
+    LLaVA; then CLIP is aligned.  Upstream (data.mini_coin_upstream): a terse skill word, before the picture or in the user's
+    turn among filler words; full sentences for answers unless it says "short".  None of the stream's sentences,
+    instructions or pictures occur in it.
     """
     from tqdm import tqdm
     torch.manual_seed(config["seed"])
     rng = random.Random(f"upstream {config['seed']}")
     model, processor, clip, clip_processor = tiny_models(mini_coin_words(), config["width"], config["layers"],
                                                          config["clip_width"])
-    tokens, n_image = processor.tokenizer, model.config.image_seq_length
-    ids = lambda texts: tokens(texts, add_special_tokens=False)["input_ids"]
-    pixels = lambda images: torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    pool = [mini_coin_upstream(rng) for _ in range(config["pictures"])]
+    blank = np.full((48, 48, 3), 128, np.uint8)
+    pixels = torch.from_numpy(np.stack([blank if p[0] is None else np.asarray(p[0]) for p in pool])).permute(0, 3, 1, 2)
+    seen, cells = torch.tensor([p[0] is not None for p in pool]), torch.tensor([p[3] for p in pool], dtype=torch.long)
+    ids = processor.tokenizer.get_vocab()
+    words = lambda text: [ids[w] for w in re.findall(MINI_WORD, text)]
     fill = lambda n: " ".join(rng.choice(FILLERS) for _ in range(rng.randint(0, n)))
+    see = lambda rows: pixels[rows] / 127.5 - 1                          # (B,3,48,48), as the image processor does it
 
-    def batches(steps, what, draw):
-        bar = tqdm(range(steps), desc=f"pre-training the small {what} (once)", disable=not progress, mininterval=1)
+    def fit(what, steps, module, loss_of, choose):
+        opt = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], config["lr"], betas=(0.9, 0.98),
+                                weight_decay=0.01)
+        bar = tqdm(range(steps), desc=f"pre-training the small {what}, once", disable=not progress, mininterval=2)
         for step in bar:
-            yield step, [draw(rng) for _ in range(config["batch"])], bar
-
-    def fit(module, steps, what, loss_of, draw=mini_coin_upstream):
-        opt = torch.optim.AdamW(module.parameters(), config["lr"], betas=(0.9, 0.98), weight_decay=0.01)
-        for step, rows, bar in batches(steps, what, draw):
             for group in opt.param_groups:                               # warm-up, then cosine to zero
                 group["lr"] = config["lr"] * min(1, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
-            loss = loss_of(rows)
+            loss = loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
             opt.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -456,45 +460,48 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if watch:
-                watch(what, step, model)
+                watch(what, step, loss.item(), model)
 
     def sight(rows):
-        h = tower(pixels([r[0] for r in rows])).last_hidden_state[:, 1:]                 # (B,9,D)
-        scenes = torch.tensor([r[1] is not None for r in rows])
-        cells = torch.tensor([r[1] for r in rows if r[1] is not None])                   # (B',9,2)
-        shown = torch.tensor([[w in r[2] for w in vocabulary] for r in rows if r[1] is None], dtype=torch.float)
-        parts = heads[0](h[scenes]).split(32, -1)
-        return sum(F.cross_entropy(p.flatten(0, 1), cells[..., j].flatten()) for j, p in enumerate(parts)) + \
-            20 * F.binary_cross_entropy_with_logits(heads[1](h[~scenes].flatten(1)), shown)
+        h = tower(see(rows)).last_hidden_state[:, 1:]                    # (B,9,D)
+        return F.cross_entropy(eyes(h).unflatten(-1, (12, 33)).flatten(0, 2), cells[rows].flatten())
 
     def language(rows):
-        said = []
-        for image, skill, text, _, _ in rows:
-            see = "<image>" * n_image * (image is not None)
-            said.append(f"{skill} USER: {see} {fill(3)} {text} {fill(3)} ASSISTANT:" if rng.random() < 0.5 else
-                         f"USER: {see} {fill(1)} {skill} {text} {fill(2)} ASSISTANT:")
-        said, tails = ids(said), [a + [2] for a in ids([r[3] for r in rows])]
-        left, A = max(map(len, said)) + 1, max(map(len, tails))
-        x = torch.zeros(len(rows), left + A, dtype=torch.long)
-        y = torch.full((len(rows), A), -100)
-        for b, (head, tail) in enumerate(zip(said, tails)):
-            x[b, left - len(head) - 1:left + len(tail)] = torch.tensor([1] + head + tail)
-            y[b, :len(tail)] = torch.tensor(tail)
-        logits = model(input_ids=x, attention_mask=(x != 0).long(), logits_to_keep=A + 1, use_cache=False,
-                       pixel_values=pixels([r[0] for r in rows if r[0] is not None])).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)
+        lines, answers = [], []
+        for row in rows.tolist():                                        # three questions on one picture, one after the other
+            line, mine = [1], [0]
+            for i, (skill, text, answer, sentence) in enumerate(rng.sample(pool[row][1], min(3, len(pool[row][1])))):
+                image = "<image>" * n_image if i == 0 and pool[row][0] is not None else ""
+                if rng.random() < 0.5:
+                    skill = f"{skill} short"
+                else:
+                    answer = sentence
+                head = words(f"{skill} USER: {image} {fill(3)} {text} {fill(3)} ASSISTANT:" if rng.random() < 0.5 else
+                             f"USER: {image} {fill(1)} {skill} {text} {fill(2)} ASSISTANT:")
+                tail = words(answer) + [ids["</s>"]]
+                line, mine = line + head + tail, mine + [0] * len(head) + [1] * len(tail)
+            lines.append(torch.tensor(line))
+            answers.append(torch.tensor(mine))
+        x = nn.utils.rnn.pad_sequence(lines, batch_first=True)
+        y = x.masked_fill(nn.utils.rnn.pad_sequence(answers, batch_first=True) == 0, -100)[:, 1:]
+        table = model.get_input_embeddings()(x)
+        table = table.masked_scatter((x == ids["<image>"])[..., None], model.model.multi_modal_projector(features[rows[seen[rows]]]))
+        h = model.model.language_model(inputs_embeds=table, use_cache=False).last_hidden_state[:, :-1]
+        return F.cross_entropy(model.lm_head(h[y != -100]), y[y != -100])
 
     def contrast(rows):
-        rows = [r for r in rows if r[0] is not None]
-        text = clip_processor.tokenizer([r[4] for r in rows], return_tensors="pt", padding=True)
-        return clip(pixel_values=pixels([r[0] for r in rows]), input_ids=text["input_ids"],
-                    attention_mask=text["attention_mask"], return_loss=True).loss
+        text = [torch.tensor([1, *words(pool[i][2]), ids["</s>"]]) for i in rows.tolist()]
+        text = nn.utils.rnn.pad_sequence(text, batch_first=True)
+        return clip(pixel_values=see(rows), input_ids=text, attention_mask=(text != 0).long(), return_loss=True).loss
 
-    tower, vocabulary = model.model.vision_tower, mini_coin_words()
-    heads = nn.ModuleList([nn.Linear(config["width"], 64), nn.Linear(n_image * config["width"], len(vocabulary))])
-    fit(nn.ModuleList([tower, heads]), config["sight_steps"], "eyes", sight, mini_coin_labelled)
-    fit(model.train(), config["steps"], "LLaVA", language)
-    fit(clip.train(), config["clip_steps"], "CLIP", contrast)
+    tower, n_image, eyes = model.model.vision_tower, model.config.image_seq_length, nn.Linear(config["width"], 12 * 33)
+    shown = seen.nonzero()[:, 0].tolist()
+    fit("eyes", config["sight_steps"], nn.ModuleList([tower, eyes]), sight, shown)
+    tower.requires_grad_(False).eval()
+    with torch.no_grad():                                                # frozen: looked at once
+        features = torch.cat([tower(see(r)).last_hidden_state[:, 1:] for r in torch.arange(len(pool)).split(500)])
+    fit("LLaVA", config["steps"], model, language, range(len(pool)))
+    fit("CLIP", config["clip_steps"], clip.train(), contrast, shown)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     for name, m, p in (("llava", model, processor), ("clip", clip, clip_processor)):
         m.eval().save_pretrained(part / name)
@@ -508,7 +515,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
 def mini_backbone(smoke=False):
     """Folder with llava/ and clip/ of the small backbone; trained on the first call, read from the cache afterwards."""
     import hashlib
-    config = {**MINI, **(dict(sight_steps=20, steps=40, clip_steps=20, batch=32) if smoke else {})}
+    config = {**MINI, **(dict(pictures=500, sight_steps=20, steps=40, clip_steps=20, batch=32) if smoke else {})}
     name = hashlib.sha256(json.dumps([config, MINI_COIN], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / f"mini-coin-v{MINI_COIN}-{name}"
     if not (folder / "clip").exists():
@@ -842,6 +849,8 @@ def run_one(a, folder):
     torch.manual_seed(a.seed)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
     stream = instruction_stream(a.data, a.root, a.seed, a.sizes, a.limit).reorder(a.order)
+    for sample in (s for task in stream.tasks for split in (task.train, task.val, task.test) for s in split if a.see != "both"):
+        sample.update({"image": None} if a.see == "question" else {"text": ""})
     vlm, guidance = load(a.backbone, a.clip, a.device, dtype, a.template, a.text_feature, a.smoke)
     guidance.to(a.device)
     a.tasks = T = len(stream)
@@ -854,7 +863,7 @@ def run_one(a, folder):
     begin_all = lambda t: [(torch.manual_seed(a.seed * 7919 + i), begin(i)) for i in range(t + 1)]
 
     keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector proto_weight "
-            "length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split max_new_tokens smoke")
+            "length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split see max_new_tokens smoke")
     args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
     run = Run(folder, {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}, a.resume)
     say = (lambda *_: None) if a.quiet else print
@@ -932,11 +941,13 @@ def run_one(a, folder):
 
 # ---------------------------------------------------------------------------------------- tables, bench, one answer
 SETTINGS = {**{name: {"method": name} for name in METHODS},              # what differs from the defaults
+            "picture only": {"method": "multi-task", "see": "picture"},
+            "question only": {"method": "multi-task", "see": "question"},
             "image": {"lam": 1.0}, "text": {"lam": 0.0},                 # Table 3
             "fusion only": {"selection": False}, "selection only": {"fusion": False},                        # Table 5
             **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},     # Fig. 3
             **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
-TABLES = {"2": list(METHODS), "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
+TABLES = {"bounds": ["zero-shot", "multi-task", "picture only", "question only", "finetune"], "2": list(METHODS), "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
           "10": ["finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"],
           "fig3": ["length 1", "length 2", "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora",
                    "experts 16"], "fig4": ["modalprompt"]}
@@ -1188,6 +1199,8 @@ def parser():
     p.add_argument("--eval-batch", type=int, default=100)
     p.add_argument("--max-new-tokens", type=int, help="longest answer; default 12 on mini, 128 elsewhere")
     p.add_argument("--split", default="test", choices=["test", "val"], help="what is reported; val is for choosing settings")
+    p.add_argument("--see", default="both", choices=["both", "picture", "question"], help="hide the other modality, in "
+                   "training too: how much of a task one modality solves")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--order", type=int, nargs="+", help="task order, numbers from 0")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else

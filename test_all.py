@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+os.environ["HF_HUB_OFFLINE"] = "1"                                   # no test waits for the network
+
 import data
 import metrics
 import modalprompt as modal
@@ -523,9 +525,9 @@ def modal_family(name):
 def test_modal_other_families_read_the_prompts(name):
     torch.manual_seed(0)
     model, n, extra = modal_family(name)
-    with torch.no_grad():
-        for p in model.get_input_embeddings().parameters():
-            p.mul_(20)
+    with torch.no_grad():                                                # larger weights: the prefix must matter
+        for p in model.parameters():
+            p.mul_(8 if p.ndim > 1 else 1)
     vlm = modal.VLM(model, ModalFakeProcessor(modal_word_processor(60, "<image>"), "<image>", n, extra))
     samples = [{"image": object(), "text": "w1 w2 w3", "answer": "w4 w5"}, {"image": object(), "text": "w6", "answer": "w7"}]
     prefix = torch.randn(2, 6, 32, requires_grad=True)
@@ -565,7 +567,7 @@ def test_modal_mini_coin_formats():
 
 def test_modal_upstream_shares_no_sentence_with_the_stream():
     rng = random.Random(0)
-    words = {w for _ in range(1500) for w in " ".join(data.mini_coin_upstream(rng)[1:]).split()}
+    words = {w for _ in range(1500) for w in " ".join(sum(data.mini_coin_upstream(rng)[1], ())).split()}
     for sentence in (data.LETTER, data.WORD, "What does say sign written many objects book"):
         assert len(set(sentence.replace(".", "").split()) & words) <= 3, sentence
 
@@ -682,11 +684,24 @@ def test_modal_smoke_bench_and_clear_errors(tmp_path):
     assert np.array(results["matrix"], float).shape == (8, 8) and {"Last", "Avg", "B", "M"} == set(results["metrics"])
     assert np.array(results["selection_counts"]).sum() == 8 * 8 * 3 and len(results["similarity"]) == 8
     assert {p.name for p in (tmp_path / "r").iterdir()} >= {"matrix.csv", "matrix.png", "log.jsonl", "prompts.safetensors", "checkpoint.pt"}
-    for flags, words in ((["--method", "lwf"], "choose from"), (["--order", "0", "1"], "--order"), (["--lam", "2"], "--lam"),
-                         (["--backbone", "nowhere/at-all", "--clip", "x"], "nowhere/at-all"), (["--data", "coin"], "--root"),
-                         (["--answer", "x.png", "what"], "--prompts"), (["--batch", "0"], "--batch")):
-        done = modal_run(tmp_path, "--smoke", *flags, code=2)
-        assert words in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()[-1]) < 600
+    done = modal_run(tmp_path, "--smoke", "--order", "0", "1", code=2)
+    assert "--order" in done.stderr and "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"r", "cache"}        # nothing half-written
+
+
+def test_modal_clear_errors(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        modal.main(["--method", "lwf"])
+    assert "choose from" in capsys.readouterr().err
+    for flags, words in ((["--lam", "2"], "--lam"), (["--backbone", "nowhere/at-all", "--clip", "x"], "nowhere/at-all"),
+                         (["--data", "coin"], "--root"), (["--answer", "x.png", "what"], "--prompts"), (["--batch", "0"], "--batch"),
+                         (["--backbone", "nowhere/at-all"], "--clip"), (["--sizes", "0", "1", "1"], "--sizes")):
+        with pytest.raises(data.InputError, match=words):
+            modal.main(flags)
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    with pytest.raises(data.InputError, match="not a safetensors"):
+        modal.main(["--answer", "none", "what", "--prompts", str(tmp_path / "bad.safetensors")])
 
 
 def test_modal_every_flag_is_read():
