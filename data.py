@@ -122,8 +122,10 @@ def _object_picture(rng, kind="photo"):
             draw.line((0, y, _SIDE, y), fill=(200, 210, 235))
     else:
         for _ in range(40):
-            draw.point((rng.randrange(_SIDE), rng.randrange(_SIDE)), fill=tuple(rng.randint(120, 255) for _ in range(3)))
-    shape, colour, size, column, row = rng.choice(_SHAPES), rng.choice(list(_COLOURS)), rng.randint(12, 14), *_place(rng)
+            spot = rng.randrange(_SIDE), rng.randrange(_SIDE)
+            draw.point(spot, fill=tuple(rng.randint(120, 255) for _ in range(3)))
+    shape, colour, size = rng.choice(_SHAPES), rng.choice(list(_COLOURS)), rng.randint(12, 14)
+    column, row = _place(rng)
     x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (column, row))
     _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
     return image, {"shape": shape, "colour": colour, "cell": (column, row)}
@@ -131,8 +133,8 @@ def _object_picture(rng, kind="photo"):
 
 # A 3 x 5 font of our own (five rows a letter, three bits each), so that no Pillow version changes the world.
 _FONT = dict(zip("abcdefghijklmnopqrstuvwxyz", (
-    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 67555 25552 65644 25563 65655 34216 72222 "
-    "55557 55552 55775 55255 55222 71247").split()))
+    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 67555 25552 65644 25563 65655 34216 "
+    "72222 55557 55552 55775 55255 55222 71247").split()))
 
 
 def _place(rng):
@@ -178,7 +180,7 @@ def _cover_picture(rng):
 def _scene_picture(rng):
     """Three to six objects in the cells.  facts["objects"]: (shape, colour, column, row, box in pixels)."""
     image, draw, background = _canvas(rng)
-    few = rng.sample(_SHAPES[:10], 4)                                     # few shapes: some repeat, so that counting has a point
+    few = rng.sample(_SHAPES[:10], 4)                                # some shapes repeat: questions ask about the others
     objects = []
     for cell in rng.sample(range(9), rng.randint(3, 6)):
         shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
@@ -241,8 +243,8 @@ def mini_coin_sample(task, rng):
         return image, f"Which {kind} does the diagram show?\n{options}", LETTER, letter
     if task == "TextVQA":
         image, facts = _sign_picture(rng)
-        return image, rng.choice(("What does the sign say?", "What word is written here?", "What is written on the board?")), \
-            WORD, facts["word"]
+        question = rng.choice(("What does the sign say?", "What word is written here?", "What is written on the board?"))
+        return image, question, WORD, facts["word"]
     if task == "ImageNet":
         image, facts = _object_picture(rng)
         return image, OBJECT, WORD, facts["shape"]
@@ -255,7 +257,8 @@ def mini_coin_sample(task, rng):
         return image, question, WORD, facts[key]
     if task == "OCRVQA":
         image, facts = _cover_picture(rng)
-        key, question = rng.choice((("title", "What is the title of this book?"), ("author", "Who is the author of this book?"),
+        key, question = rng.choice((("title", "What is the title of this book?"),
+                                    ("author", "Who is the author of this book?"),
                                     ("genre", "What is the genre of this book?")))
         return image, question, WORD, facts[key]
     while True:                                                      # GQA, REC and VQAv2 share their pictures, as in CoIN
@@ -277,8 +280,8 @@ def mini_coin_sample(task, rng):
 def _labels(kind, facts):
     """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 12 numbers.
 
-    Shape, colour, the shapes left, right, above and below, how many of this shape, its box in twentieths, the word written
-    there; 0 where there is none."""
+    Shape, colour, the shapes left, right, above and below, how many of this shape, its box in twentieths, the word
+    written there; 0 where there is none."""
     cells, words = [[0] * 12 for _ in range(9)], (*_SIGNS, *_TITLES, *_AUTHORS)
 
     def number(x, y, **labels):
@@ -297,7 +300,8 @@ def _labels(kind, facts):
     elif kind == "scene":
         at = {(o[2], o[3]): _SHAPES.index(o[0]) + 1 for o in facts["objects"]}
         for shape, name, x, y, box in facts["objects"]:
-            cells[3 * y + x] = [at[x, y], colour(name) + 1, *(at.get((x + dx, y + dy), 0) for dx, dy in _SIDES.values()),
+            around = (at.get((x + dx, y + dy), 0) for dx, dy in _SIDES.values())
+            cells[3 * y + x] = [at[x, y], colour(name) + 1, *around,
                                 list(at.values()).count(at[x, y]), *(round(c / _SIDE * 20) for c in box), 0]
     return cells
 
@@ -305,12 +309,12 @@ def _labels(kind, facts):
 def mini_coin_upstream(rng):
     """One picture of the upstream mixture that the small backbone is pre-trained on, with all its questions.
 
-    Returns (image or None, [(skill, text, answer, sentence)], caption, cells).  Disjoint from the stream: other pictures, terse
-    skill words instead of the stream's sentences and instructions; sentence is the answer in full, which is given unless
-    the skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
+    Returns (image or None, [(skill, text, answer, sentence)], caption, cells).  Disjoint from the stream: other pictures,
+    terse skill words instead of the stream's sentences and instructions; sentence is the answer in full, given unless the
+    skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
     """
-    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "text", "diagram",
-                       "blur"))
+    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "text",
+                       "diagram", "blur"))
     image, say, facts = None, [], {}
     if kind in ("diagram", "photo"):
         image, facts = _object_picture(rng, kind)
@@ -341,10 +345,11 @@ def mini_coin_upstream(rng):
             others = [w for k in _KINDS if k != pool for w in _KINDS[k]] if image is None else _KINDS[pool]
             options, letter = _options(rng, answer, others)
             say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
-            if image is None:                                        # the same with the answer named: which letter it has
+            if image is None:                                        # the answer named: which letter has it
                 say.append(("letter", f"{answer} {options}", letter, "the choice is {}"))
             caption = caption if image is not None else f"words about {pool}"
-    return image, [(s, text, answer, form.format(answer)) for s, text, answer, form in say], caption, _labels(kind, facts)
+    say = [(skill, text, answer, form.format(answer)) for skill, text, answer, form in say]
+    return image, say, caption, _labels(kind, facts)
 
 
 MINI_WORD = r"<image>|[A-E]\.|\d\.\d\d|\w+|[^\w\s]"                # one token of the small backbone
@@ -365,7 +370,8 @@ def mini_coin_words():
     return tuple(sorted(seen))
 
 
-_MINI_KINDS = dict(zip(COIN, ("letter", "vqa", "class", "gqa", "word", "box", "word", "title")))   # metrics.score_instruction
+# the rule of metrics.score_instruction that scores each task
+_RULES = dict(zip(COIN, ("letter", "vqa", "class", "gqa", "word", "box", "word", "title")))
 
 
 def _mini_coin(seed, sizes):
@@ -377,7 +383,7 @@ def _mini_coin(seed, sizes):
             for i in range(n):
                 image, question, instruction, answer = mini_coin_sample(task, rng)
                 name = f"{task}/{split}/{i}"
-                samples.append({"id": name, "key": name, "image": image, "answer": answer, "kind": _MINI_KINDS[task],
+                samples.append({"id": name, "key": name, "image": image, "answer": answer, "kind": _RULES[task],
                                 "text": f"{question}\n{instruction}" if instruction else question})
             splits.append(samples)
         tasks.append(Task(task, *splits))
@@ -385,7 +391,7 @@ def _mini_coin(seed, sizes):
 
 
 def open_picture(sample):
-    """The sample's picture as a PIL RGB image padded to a square with its mean colour where the source says so, or None.
+    """The sample's picture as a PIL RGB image, or None; padded to a square with its mean colour where the source says so.
 
     Raises InputError if the file cannot be decoded: readers leave missing and truncated pictures out beforehand.
     """
@@ -413,7 +419,7 @@ def pad_square(image):
 
 
 def picture_problem(path):
-    """None if the file looks like a whole picture, else "missing", "truncated" or "not a picture".  Reads only its two ends."""
+    """None if the file looks whole, else "missing", "truncated" or "not a picture".  Reads only the file's two ends."""
     path = Path(path)
     try:
         with open(path, "rb") as f:
@@ -431,8 +437,9 @@ def picture_problem(path):
 
 _COIN_FOLDERS = {"REC": "Grounding"}                                 # CoIN's folder of a task, where the names differ
 _COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}                  # others: test.json
-COIN_TREE = """DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/{train,test}.json (val.json instead \
-of test.json for TextVQA, VizWiz, VQAv2), from the dataset Zacks-Chen/CoIN; pictures below DIR at the paths the JSON files name"""
+COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/{train,test}.json "
+             "(val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset Zacks-Chen/CoIN; pictures below "
+             "DIR at the paths the JSON files name")
 
 
 def parse_box(text):
@@ -462,7 +469,7 @@ def _coin_file(path, task, root, count):
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{where}: needs conversations (human, gpt) or text and answer; missing or wrong: {e}")
         sample = {"id": row.get("id", row.get("question_id", i)), "text": text, "answer": str(answer).strip(),
-                  "kind": _MINI_KINDS[task], "image": None, "pad": True}
+                  "kind": _RULES[task], "image": None, "pad": True}
         if row.get("answers"):                                       # ten annotators, where the file has them
             sample["answers"] = [a["answer"] if isinstance(a, dict) else a for a in row["answers"]]
         if task == "REC" and parse_box(answer) is None:
@@ -503,7 +510,8 @@ def _coin(root, seed, limit):
             notes += [f"{task} {split}: {n} {what}" for what, n in sorted(count.items())]
             order = random.Random(f"{seed} {task} {split}").sample(range(len(samples)), len(samples))
             splits[split] = [samples[i] for i in (order[:limit] if limit else order)]
-        n_val = max(1, min(500, len(splits["train"]) // 10)) if len(splits["train"]) > 1 else 0      # CoIN has no validation part
+        n = len(splits["train"])                                     # CoIN has no validation part: a share of train
+        n_val = max(1, min(500, n // 10)) if n > 1 else 0
         tasks.append(Task(task, splits["train"][n_val:], splits["train"][:n_val], splits["test"]))
     if not tasks:
         raise InputError(f"{folder} holds none of the eight tasks; CoIN is expected as {COIN_TREE}")

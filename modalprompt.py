@@ -3,14 +3,14 @@
 Paper     "ModalPrompt: Towards Efficient Multimodal Continual Instruction Tuning with Dual-Modality Guided Prompt",
           EMNLP 2025, arXiv 2410.05849v2.  Official code: github.com/AuroraZengfh/ModalPrompt at c7bee7c.
           Written from the paper; where paper and official code differ, README lists both and what is done here.
-Run       python modalprompt.py                      mini-CoIN, eight tasks, one seed: minutes on a laptop, nothing downloaded
+Run       python modalprompt.py                      mini-CoIN, eight tasks, one seed: minutes on a laptop, no downloads
           python modalprompt.py --data coin --root DIR --backbone llava-hf/llava-1.5-7b-hf \\
                  --clip openai/clip-vit-large-patch14-336 --template vicuna --dtype bf16        one GPU
-Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k prompt sets kept, D width of the language
-          model, G width of the guidance, S tokens of a sequence, P = k'L tokens of the prefix.   (B,G) is a shape.
+Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k prompt sets kept, D width of the
+          language model, G width of the guidance, S tokens of a sequence, P = k'L tokens of the prefix.   (B,G) is a shape.
 
-One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction; the sets whose
-prototypes are nearest to both are put in front of the input.  Only the set of the current task learns.
+One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction; the sets
+whose prototypes are nearest to both are put in front of the input.  Only the set of the current task learns.
 """
 import argparse
 import json
@@ -39,8 +39,8 @@ from metrics import Run, atomic, run_cli, score_instruction
 class Guidance(nn.Module):
     """Eq. 1: what a frozen CLIP sees in the picture and reads in the instruction.
 
-    clip: a transformers CLIPModel; processor: its processor.  text_feature "pooled" (official code: the end-of-text state
-    before CLIP's text projection) or "projected" (after it, in the space of the picture).  Pooled needs a text width
+    clip: a transformers CLIPModel; processor: its processor.  text_feature "pooled" (official code: the end-of-text
+    state before CLIP's text projection) or "projected" (after it, in the space of the picture).  Pooled needs a text width
     equal to the projection width, as in CLIP-L; else the projected feature is used.
     """
 
@@ -75,8 +75,8 @@ class Guidance(nn.Module):
 class ModalPrompt(nn.Module):
     """The prompts X_p^t, their prototypes, and the choice between them.
 
-    width D, guidance_width G, length L (M in the paper, 10), top_k k (3), lam: weight of the picture in the guidance, so
-    that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
+    width D, guidance_width G, length L (M in the paper, 10), top_k k (3), lam: weight of the picture in the guidance,
+    so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first (Table 5).
     Earlier sets are frozen and never written again; a task keeps its set and its prototype, its projector is dropped.
     """
@@ -190,8 +190,8 @@ class ModalPrompt(nn.Module):
 
 
 # --------------------------------------------------- the backbone: any image-text-to-text model, frozen (Eq. 5, Eq. 9)
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-          "polite answers to the user's questions. USER: {image}{text} ASSISTANT:")
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions. USER: {image}{text} ASSISTANT:")
 PLAIN = "USER: {image}{text} ASSISTANT:"
 
 
@@ -199,8 +199,8 @@ class VLM:
     """A frozen Hugging Face image-text-to-text model that reads a prefix of soft tokens.
 
     The prefix takes the places of P placeholder tokens (an ordinary id, masked by position) after BOS: a hook on the
-    embedding layer writes it there.  Every tensor of token shape grows with them, so that models which compute positions
-    from ids (the Qwen family) stay right, which `inputs_embeds` would silently break.  The hook counts its firings.
+    embedding layer writes it there.  Every tensor of token shape grows with them, so that models which compute
+    positions from ids (the Qwen family) stay right, which `inputs_embeds` would silently break.  The hook counts its firings.
     template: "chat" the processor's own chat template, "vicuna" LLaVA-1.5's training string, "plain" the same without
     its first sentence.
     """
@@ -215,13 +215,12 @@ class VLM:
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
         self.eos, self._items, self._prefix, self.fired, self.deep = eos, {}, None, 0, {}
         self.embedding.register_forward_hook(self._write_prefix)
-        self.layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)
-                           and hasattr(m[0], "self_attn") and hasattr(m[0], "mlp")
-                           and getattr(m[0], "hidden_size", self.width) == self.width
-                           and any(p.shape[-1] == self.width for p in m[0].parameters())),
-                          key=lambda m: (getattr(m[0].self_attn, "is_causal", False), len(m)))   # the decoder, not the tower
+        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
+        causal = lambda m: getattr(m[0].self_attn, "is_causal", False)   # the decoder, not the vision tower
+        self.layers = max(stacks, key=lambda m: (causal(m), len(m)), default=[])
         for i, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(lambda m, args, kwargs, i=i: self._write_deep(i, args, kwargs), with_kwargs=True)
+            hook = lambda m, args, kwargs, i=i: self._write_deep(i, args, kwargs)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     # ---- the hook
     def _places(self, B, S):
@@ -247,8 +246,8 @@ class VLM:
         if mask is None:
             return None
         new = self.deep[i].repeat_interleave(len(h) // len(self.deep[i]), 0).to(h.dtype)
-        where = mask.clone()                                             # deep[i] (B,n,D) takes the last n of the P places
-        where &= (mask.flip(-1).cumsum(-1).flip(-1) <= new.shape[1])
+        # deep[i] (B,n,D) takes the last n of the P places
+        where = mask & (mask.flip(-1).cumsum(-1).flip(-1) <= new.shape[1])
         h = h.masked_scatter(where[..., None], new)
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
 
@@ -276,8 +275,8 @@ class VLM:
         mark = "" if image is None else getattr(self.processor, "image_token", "<image>") + "\n"
         if self.template == "chat":
             content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": sample["text"]}]
-            text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                                      tokenize=False)
+            text = self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                      add_generation_prompt=True)
         else:
             text = (VICUNA if self.template == "vicuna" else PLAIN).format(image=mark, text=sample["text"])
         bos = self.tokenizer.bos_token
@@ -289,6 +288,10 @@ class VLM:
             self._items[key] = item
         return item
 
+    def answer_ids(self, sample):
+        """The answer's tokens and the end of sequence, a list of ids."""
+        return self.tokenizer(sample["answer"], add_special_tokens=False)["input_ids"] + [self.eos]
+
     def encode(self, samples, P, answers=False):
         """samples -> (inputs, mask (B,S) of the P placeholders, labels (B,A) or None).
 
@@ -299,7 +302,7 @@ class VLM:
         shape = [item["input_ids"].shape for item in items]
         tails = [[] for _ in samples]
         if answers:
-            tails = [self.tokenizer(s["answer"], add_special_tokens=False)["input_ids"] + [self.eos] for s in samples]
+            tails = [self.answer_ids(s) for s in samples]
         left, A = max(n for _, n in shape), max(map(len, tails))
         S, bos = left + P + A, self.tokenizer.bos_token_id
         inputs, mask = {}, torch.zeros(len(samples), S, dtype=torch.bool)
@@ -312,7 +315,7 @@ class VLM:
                     n = shape[b][1]
                     row = torch.zeros(n, dtype=torch.long) if part is None else part[0]
                     start = left - n
-                    head = int(items[b]["input_ids"][0, 0] == bos) if bos is not None else 0     # after BOS if there is one
+                    head = int(bos is not None and items[b]["input_ids"][0, 0] == bos)   # after BOS, if there is one
                     fill = {"input_ids": self.eos, "attention_mask": 1}.get(name, 0)
                     out[b, start:start + head] = row[:head]
                     out[b, start + head:start + head + P] = fill
@@ -325,7 +328,7 @@ class VLM:
             else:                                                        # pictures and their sizes: joined along axis 0
                 parts = [p for p in parts if p is not None]
                 big = [max(n) for n in zip(*(p.shape[1:] for p in parts))]
-                parts = [F.pad(p, [x for n, m in zip(reversed(p.shape[1:]), reversed(big)) for x in (0, m - n)]) for p in parts]
+                parts = [F.pad(p, [x for n, m in zip(p.shape[:0:-1], big[::-1]) for x in (0, m - n)]) for p in parts]
                 out = torch.cat(parts)
                 inputs[name] = out.to(self.model.dtype) if out.is_floating_point() else out
         labels = None
@@ -357,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1200, steps=2000, clip_steps=600, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=1500, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
@@ -376,19 +379,20 @@ def _quiet():
     return __import__("transformers")
 
 
-SEVEN_B = dict(width=4096, layers=32, clip_width=768, side=336, patch=14, heads=32, inner=11008, tower=(1024, 24, 16, 4096),
-               vocabulary=32064)                                         # LLaVA-1.5-7B and CLIP-L/14-336, for --bench
+SEVEN_B = dict(width=4096, layers=32, clip_width=768, side=336, patch=14, heads=32, inner=11008,         # for --bench:
+               tower=(1024, 24, 16, 4096), vocabulary=32064)             # the shapes of LLaVA-1.5-7B and CLIP-L/14-336
 
 
-def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, heads=4, inner=None, tower=None, vocabulary=0):
+def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, heads=4, inner=None, tower=None,
+                vocabulary=0):
     """An untrained LLaVA and CLIP, small by default, with a word-level tokenizer over `words`.
 
     tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers as wide as what they feed.
-    Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained and the Auto classes work.
+    Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained, Auto classes work.
     """
     tf = _quiet()
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    special = ["<pad>", "<s>", "<unk>", "</s>", "<image>"]               # </s> is 3: CLIP reads eos_token_id 2 as "largest id"
+    special = ["<pad>", "<s>", "<unk>", "</s>", "<image>"]               # </s> is 3: CLIP takes 2 for "the largest id"
     words = special + [w for w in dict.fromkeys(["USER", "ASSISTANT", ":", *FILLERS, *words]) if w not in special]
 
     def tokenizer(end):
@@ -417,7 +421,8 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, hea
     clip = tf.CLIPModel(tf.CLIPConfig(
         projection_dim=g, vision_config=vision(g),
         text_config=dict(vocab_size=len(words), hidden_size=g, intermediate_size=2 * g, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=3, pad_token_id=0)))
+                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=3,
+                         pad_token_id=0)))
     text = tokenizer(True)
     text.padding_side = "right"
     return model, processor, clip, tf.CLIPProcessor(tf.CLIPImageProcessorPil(**picture), text)
@@ -426,9 +431,9 @@ def tiny_models(words, width=96, layers=4, clip_width=64, side=48, patch=16, hea
 def pretrain(folder, config=MINI, progress=True, watch=None):
     """Pre-trains the small LLaVA and the small CLIP on the upstream mixture and saves both as ordinary model folders.
 
-    First the vision tower alone names what stands where in a picture; it is frozen, and the rest learns to answer, as in
-    LLaVA; then CLIP is aligned.  Upstream (data.mini_coin_upstream): a terse skill word, before the picture or in the user's
-    turn among filler words; full sentences for answers unless it says "short".  None of the stream's sentences,
+    First the vision tower alone names what stands where in a picture; it is frozen, and the rest learns to answer, as
+    in LLaVA; then CLIP is aligned.  Upstream (data.mini_coin_upstream): a terse skill word, before the picture or in the
+    user's turn among filler words; full sentences for answers unless it says "short".  None of the stream's sentences,
     instructions or pictures occur in it.
     """
     from tqdm import tqdm
@@ -451,7 +456,8 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         bar = tqdm(range(steps), desc=f"pre-training the small {what}, once", disable=not progress, mininterval=2)
         for step in bar:
             for group in opt.param_groups:                               # warm-up, then cosine to zero
-                group["lr"] = config["lr"] * min(1, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
+                decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
+                group["lr"] = config["lr"] * min(1, (step + 1) / 100) * decay
             loss = loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
             opt.zero_grad(set_to_none=True)
             loss.backward()
@@ -468,9 +474,11 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
 
     def language(rows):
         lines, answers = [], []
-        for row in rows.tolist():                                        # three questions on one picture, one after the other
+        for row in rows.tolist():                                        # several questions on one picture
             line, mine = [1], [0]
-            for i, (skill, text, answer, sentence) in enumerate(rng.sample(pool[row][1], min(3, len(pool[row][1])))):
+            turns = 2 if any("A. " in q[1] for q in pool[row][1]) else 3             # options are long
+            asked = rng.sample(pool[row][1], min(turns, len(pool[row][1])))
+            for i, (skill, text, answer, sentence) in enumerate(asked):
                 image = "<image>" * n_image if i == 0 and pool[row][0] is not None else ""
                 if rng.random() < 0.5:
                     skill = f"{skill} short"
@@ -485,7 +493,8 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         x = nn.utils.rnn.pad_sequence(lines, batch_first=True)
         y = x.masked_fill(nn.utils.rnn.pad_sequence(answers, batch_first=True) == 0, -100)[:, 1:]
         table = model.get_input_embeddings()(x)
-        table = table.masked_scatter((x == ids["<image>"])[..., None], model.model.multi_modal_projector(features[rows[seen[rows]]]))
+        patches = model.model.multi_modal_projector(features[rows[seen[rows]]])          # (B',9,D)
+        table = table.masked_scatter((x == ids["<image>"])[..., None], patches)
         h = model.model.language_model(inputs_embeds=table, use_cache=False).last_hidden_state[:, :-1]
         return F.cross_entropy(model.lm_head(h[y != -100]), y[y != -100])
 
@@ -524,7 +533,7 @@ def mini_backbone(smoke=False):
     return folder
 
 
-def load(backbone="mini", clip=None, device="cpu", dtype=torch.float32, template="chat", text_feature="pooled", smoke=False):
+def load(backbone="mini", clip=None, device="cpu", dtype="fp32", template="chat", text_feature="pooled", smoke=False):
     """(VLM, Guidance) from "mini", a Hugging Face id or a folder.  Raises InputError if one cannot be had or read."""
     tf = _quiet()
     if backbone == "mini":
@@ -533,10 +542,11 @@ def load(backbone="mini", clip=None, device="cpu", dtype=torch.float32, template
     if clip is None:
         raise InputError("--clip is needed with this --backbone: the CLIP that guides, for instance "
                          "openai/clip-vit-large-patch14-336 or a folder")
-    out = []
-    for name, model_class, flag in ((backbone, tf.AutoModelForImageTextToText, "--backbone"), (clip, tf.CLIPModel, "--clip")):
+    out, kind = [], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    for name, model_class, flag in ((backbone, tf.AutoModelForImageTextToText, "--backbone"),
+                                    (clip, tf.CLIPModel, "--clip")):
         try:
-            out += [model_class.from_pretrained(name, dtype=dtype).to(device), tf.AutoProcessor.from_pretrained(name)]
+            out += [model_class.from_pretrained(name, dtype=kind).to(device), tf.AutoProcessor.from_pretrained(name)]
         except (OSError, ValueError, KeyError) as e:
             raise InputError(f"{flag} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:160]}); "
                              "give a folder written by save_pretrained or a Hugging Face id that this machine can reach")
@@ -583,7 +593,8 @@ class LoRA(Frozen):
             self.B.append(torch.zeros(linear.out_features, experts * rank, **n))
             if experts > 1:
                 self.gate.append(torch.zeros(experts, linear.in_features, **n))
-            linear.register_forward_hook(lambda m, args, out, i=len(self.A) - 1: out + self.delta(i, args[0]).to(out.dtype))
+            i = len(self.A) - 1
+            linear.register_forward_hook(lambda m, args, out, i=i: out + self.delta(i, args[0]).to(out.dtype))
 
     def delta(self, i, x):
         x = x.float()
@@ -607,7 +618,7 @@ def vocabulary_rows(token_embeddings, shape, generator):
 
 class L2P(Frozen):
     """Wang et al. 2022b: one pool for all tasks; the N prompts whose keys are nearest to the query go in front.
-    Pool of 10, length 10, N = 3 (appendix D); the chosen keys are pulled to the query with weight 0.5 (L2P's default)."""
+    Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's default)."""
     needs_guidance = True
 
     def __init__(self, width, guidance_width, pool=10, length=10, top=3, pull=0.5):
@@ -632,8 +643,8 @@ class L2P(Frozen):
 
 
 class DualPrompt(Frozen):
-    """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert prompt (10) a task
-    in the upper ones, each layer with its own tokens.  Below its layers an expert place holds a zero vector, which has
+    """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert prompt (10) a
+    task in the upper ones, each layer with its own tokens.  Below its layers an expert place holds a zero vector, which has
     zero key and value.  The expert of the nearest key answers; keys learn 1 - cos to the query."""
     needs_guidance = True
 
@@ -648,7 +659,8 @@ class DualPrompt(Frozen):
     def begin_task(self, token_embeddings, generator=None):
         self.end_task()
         if not self.started:
-            self.to(token_embeddings.device).general.data = vocabulary_rows(token_embeddings, self.general.shape[:2], generator)
+            start = vocabulary_rows(token_embeddings, self.general.shape[:2], generator)
+            self.to(token_embeddings.device).general.data = start
             self.started = True
         self.experts.append(nn.Parameter(vocabulary_rows(token_embeddings, (len(self.high), self.m), generator)))
         self.keys.append(nn.Parameter(torch.empty(self.guidance_width).uniform_(-1, 1).to(token_embeddings.device)))
@@ -677,8 +689,8 @@ class DualPrompt(Frozen):
 
 
 class CODAPrompt(Frozen):
-    """Smith et al. 2023: p = sum_m w_m P_m with w_m = cos(q * A_m, K_m).  10 components of length 10 (appendix D), shared
-    out over the T tasks; those of earlier tasks are frozen.  Components, keys and attentions are kept orthogonal."""
+    """Smith et al. 2023: p = sum_m w_m P_m with w_m = cos(q * A_m, K_m).  10 components of length 10 (appendix D),
+    shared out over the T tasks; those of earlier tasks are frozen.  Components, keys and attentions are kept orthogonal."""
     needs_guidance = True
 
     def __init__(self, width, guidance_width, tasks, pool=10, length=10, ortho=0.1):
@@ -710,8 +722,11 @@ class CODAPrompt(Frozen):
         return torch.einsum("bm,mld->bld", w, P), None
 
     def forward(self, x_v, x_t):
-        far = lambda x: ((F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T - torch.eye(len(x), device=x.device)) ** 2).mean()
-        return self.select(x_v, x_t)[0], {"ortho": self.ortho * sum(far(x.flatten(1)) for x in self._banks())}
+        loss = 0.0
+        for bank in self._banks():                                       # unit rows, as far from each other as can be
+            x = F.normalize(bank.flatten(1), dim=-1)
+            loss = loss + (x @ x.T - torch.eye(len(x), device=x.device)).pow(2).mean()
+        return self.select(x_v, x_t)[0], {"ortho": self.ortho * loss}
 
 
 class ProgressivePrompts(Frozen):
@@ -751,7 +766,7 @@ METHODS = {
 
 # ---------------------------------------------------------------------------------------------- train and evaluate
 LR = {"modalprompt": 0.02, "finetune": 2e-3, "multi-task": 2e-3, "moelora": 2e-3, "l2p": 0.02, "dualprompt": 0.02,
-      "coda": 0.02, "progressive": 0.02, "zero-shot": 0.0}             # mini-CoIN; a real backbone: the paper's code, 2e-4
+      "coda": 0.02, "progressive": 0.02, "zero-shot": 0.0}               # mini-CoIN; else 2e-4, the official code's
 BOUNDS = ("zero-shot", "multi-task")
 
 
@@ -784,9 +799,10 @@ def learn_task(vlm, method, samples, features, a, t, start=(0, None), after_epoc
     warm = max(1, round(0.03 * a.epochs * per_epoch))
     device = vlm.device
     for epoch in range(start[0], a.epochs):
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(a.seed * 1_000_003 + t * 1009 + epoch))
-        bar = tqdm(range(per_epoch), desc=f"task {t + 1} {name} epoch {epoch + 1}/{a.epochs}", leave=False, mininterval=1,
-                   disable=a.quiet)
+        dice = torch.Generator().manual_seed(a.seed * 1_000_003 + t * 1009 + epoch)
+        order = torch.randperm(len(samples), generator=dice)
+        bar = tqdm(range(per_epoch), desc=f"task {t + 1} {name} epoch {epoch + 1}/{a.epochs}", leave=False,
+                   mininterval=1, disable=a.quiet)
         total = 0.0
         for i in bar:
             step = epoch * per_epoch + i
@@ -794,7 +810,7 @@ def learn_task(vlm, method, samples, features, a, t, start=(0, None), after_epoc
                 group["lr"] = rate * min(1.0, (step + 1) / warm)
             rows = order[i * a.batch:(i + 1) * a.batch].tolist()
             micro = math.ceil(len(rows) / a.accum)
-            n_tokens = sum(len(vlm.tokenizer(samples[r]["answer"], add_special_tokens=False)["input_ids"]) + 1 for r in rows)
+            n_tokens = sum(len(vlm.answer_ids(samples[r])) for r in rows)
             value = 0.0
             for j in range(0, len(rows), micro):                         # same gradient whatever --accum
                 part = rows[j:j + micro]
@@ -847,28 +863,31 @@ def summary(A):
 def run_one(a, folder):
     """One method, one seed: learns the stream and leaves `folder`; returns what results.json holds."""
     torch.manual_seed(a.seed)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
     stream = instruction_stream(a.data, a.root, a.seed, a.sizes, a.limit).reorder(a.order)
-    for sample in (s for task in stream.tasks for split in (task.train, task.val, task.test) for s in split if a.see != "both"):
-        sample.update({"image": None} if a.see == "question" else {"text": ""})
-    vlm, guidance = load(a.backbone, a.clip, a.device, dtype, a.template, a.text_feature, a.smoke)
-    guidance.to(a.device)
+    for task in stream.tasks if a.see != "both" else []:
+        for sample in (*task.train, *task.val, *task.test):
+            sample.update({"image": None} if a.see == "question" else {"text": ""})
+    vlm, guidance = load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke)
     a.tasks = T = len(stream)
     if a.checkpointing:
         vlm.model.gradient_checkpointing_enable()
-        vlm.model.train()                                                # the layers look at this flag; nothing here has dropout
+        vlm.model.train()                                                # checkpointing looks at this flag
+        for module in vlm.model.modules():                               # but nothing frozen drops out
+            if isinstance(module, nn.Dropout):
+                module.eval()
     method = METHODS[a.method](vlm, guidance.width, T, a).to(a.device)
     table = vlm.embedding.weight
     begin = lambda t: method.begin_task(table, torch.Generator().manual_seed(a.seed * 7919 + t))
     begin_all = lambda t: [(torch.manual_seed(a.seed * 7919 + i), begin(i)) for i in range(t + 1)]
 
-    keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector proto_weight "
-            "length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split see max_new_tokens smoke")
+    keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector "
+            "proto_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
+            "see max_new_tokens smoke")
     args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
     run = Run(folder, {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}, a.resume)
     say = (lambda *_: None) if a.quiet else print
-    say(f"{'method':<10}{a.method}   backbone {a.backbone} (width {vlm.width}, {len(vlm.layers)} layers)   guidance width "
-        f"{guidance.width} ({guidance.text_feature} text)   seed {a.seed}   no task id at test")
+    say(f"{'method':<10}{a.method}   backbone {a.backbone} (width {vlm.width}, {len(vlm.layers)} layers)   guidance "
+        f"width {guidance.width} ({guidance.text_feature} text)   seed {a.seed}   no task id at test")
     say(f"{'samples':<10}" + "  ".join(f"{x.name} {len(x.train)}/{len(x.val)}/{len(x.test)}" for x in stream.tasks))
     for note in stream.notes:
         say(f"{'note':<10}{note}")
@@ -876,8 +895,9 @@ def run_one(a, folder):
     say(f"{'setup':<10}{a.epochs} epochs, batch {a.batch} (x{a.accum} parts), lr {a.lr:g}, {a.dtype} on {a.device}; "
         f"torch {env['torch']}, transformers {env['transformers']}, commit {env['commit']}")
 
-    features = [{s: guidance_features(guidance, getattr(task, s)) for s in ("train", a.split)} for task in stream.tasks] \
-        if method.needs_guidance else None
+    features = None
+    if method.needs_guidance:
+        features = [{s: guidance_features(guidance, getattr(x, s)) for s in ("train", a.split)} for x in stream.tasks]
     empty = lambda samples: (torch.zeros(len(samples), 0),) * 2
     look = lambda i, s: features[i][s] if features else empty(getattr(stream.tasks[i], s))
 
@@ -899,12 +919,15 @@ def run_one(a, folder):
             torch.manual_seed(a.seed * 7919 + t)
             begin(t)
 
+        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+
         def after_epoch(epoch, opt, loss):
             run.log(task=t, name=stream.names[t], epoch=epoch, loss=loss, minutes=run.minutes)
             run.checkpoint(task=t, epoch=epoch, method=method.state_dict(), optimizer=opt.state_dict(), A=A.tolist(),
                            official=official.tolist())
+        name = stream.names[t] if len(stages) > 1 else "all tasks"
         if a.method != "zero-shot":
-            learn_task(vlm, method, samples, joined, a, t, start, after_epoch, stream.names[t] if len(stages) > 1 else "all")
+            learn_task(vlm, method, samples, joined, a, t, start, after_epoch, name)
         start = (0, None)
         method.end_task()
         row = T - 1 if a.method in BOUNDS else t
@@ -913,27 +936,23 @@ def run_one(a, folder):
                                                                     look(i, a.split), a)
             if picked is not None and row == T - 1:
                 counts[i] = picked.numpy()
-        say(f"\nafter {stream.names[t] if len(stages) > 1 else 'all tasks'}\n" + metrics.format_matrix(A[:row + 1], stream.names))
+        say(f"\nafter {name}")
+        say(metrics.format_matrix(A[:row + 1], stream.names))
 
     bound = a.method in BOUNDS
     result = {"Last": float(A[-1].mean())} if bound else summary(A)
-    trained = sum(p.numel() for p in method.parameters()) / (1 if a.method not in ("modalprompt",) else T)
-    if a.method == "modalprompt":                                        # one set and one projector learn at a time
-        D, G = vlm.width, guidance.width
-        trained = a.length * D + D * D + D + D * G + G
     total = sum(p.numel() for p in vlm.model.parameters())
-    more = {"official": {"Last": float(official[-1].mean())} if bound else summary(official), "official_matrix": official,
-            "selection_counts": counts, "trainable_a_task": int(trained), "frozen": total,
+    more = {"official": {"Last": float(official[-1].mean())} if bound else summary(official),
+            "official_matrix": official,
+            "selection_counts": counts, "trainable_a_task": trained, "frozen": total,
             "share_percent": 100 * trained / total, "notes": stream.notes}
-    if a.method == "modalprompt":                                        # Fig. 4: prototype i against the features of task j
-        near = [torch.stack([(x / 2).mean(0) for x in method.similarities(*(f.to(a.device) for f in look(j, a.split)))]).sum(0)
+    if a.method == "modalprompt":                                        # Fig. 4: prototype i, features of task j
+        near = [sum(x.mean(0) / 2 for x in method.similarities(*(f.to(a.device) for f in look(j, a.split))))
                 for j in range(T)]
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
-    elif bound:
-        A = np.where(np.isnan(A), np.nan, A)
     out = run.finish(A, stream.names, result, method.tensors() if hasattr(method, "tensors") else None,
                      f"{a.method}, seed {a.seed}", **more)
-    say(f"\n{a.method} {a.data}  " + "  ".join(f"{k} {v:.2f}" for k, v in result.items()) +
+    print(f"{a.method} {a.data}  " + "  ".join(f"{k} {v:.2f}" for k, v in result.items()) +
         f"  seed {a.seed}  {out['minutes']:.1f} min  peak {out['peak_memory_mb']:.0f} MiB")
     return out
 
@@ -947,7 +966,8 @@ SETTINGS = {**{name: {"method": name} for name in METHODS},              # what 
             "fusion only": {"selection": False}, "selection only": {"fusion": False},                        # Table 5
             **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},     # Fig. 3
             **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
-TABLES = {"bounds": ["zero-shot", "multi-task", "picture only", "question only", "finetune"], "2": list(METHODS), "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
+TABLES = {"bounds": ["zero-shot", "multi-task", "picture only", "question only", "finetune"], "2": list(METHODS),
+          "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
           "10": ["finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"],
           "fig3": ["length 1", "length 2", "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora",
                    "experts 16"], "fig4": ["modalprompt"]}
@@ -971,21 +991,23 @@ def finished(folder):
 def run_table(a, out):
     """One table or figure of the paper at the chosen scale, beside the paper's numbers: table<N>.md and .json in `out`.
 
-    Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again (other arguments: a clear error), so
+    Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again, so
     a stopped table goes on where it was.  Tables share their runs.  --no-run prints what is there."""
     names, seeds = TABLES[a.table], a.seeds
+    place = lambda name, seed: out / name.replace(" ", "-") / f"seed{seed}"
     todo = [(seed, name) for seed in seeds for name in names
-            if a.run and finished(out / name.replace(" ", "-") / f"seed{seed}") is None]
+            if a.run and finished(place(name, seed)) is None]
     for n, (seed, name) in enumerate(todo):
         one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
         one.lr = a.lr if a.given_lr else default_lr(one)
         print(f"[{n + 1}/{len(todo)}] {name}, seed {seed}", flush=True)
-        run_one(one, out / name.replace(" ", "-") / f"seed{seed}")
-    rows = {name: [r for seed in seeds if (r := finished(out / name.replace(" ", "-") / f"seed{seed}"))] for name in names}
-    lines = [f"Table {a.table} of the paper on {a.data}: mean ± standard deviation over seeds; (paper) is LLaVA-1.5-7B on CoIN.",
-             "Last, Avg, M: higher is better; B: lower.  p: two-sided sign-flip test of Last against modalprompt, per seed.", ""]
+        run_one(one, place(name, seed))
+    rows = {name: [r for seed in seeds if (r := finished(place(name, seed)))] for name in names}
+    lines = [f"Table {a.table} on {a.data}: mean ± standard deviation over seeds; (paper) is LLaVA-1.5-7B on CoIN. Last, Avg,",
+             "M: higher is better; B: lower. p: two-sided sign-flip test of Last against modalprompt, paired by seed.", ""]
     keys = ("Last", "Avg", "B", "M")
-    lines += ["| | " + " | ".join(f"{k} | (paper)" for k in keys) + " | Last - modalprompt | p | seeds | min/run |", "|---" * 13 + "|"]
+    lines += ["| | " + " | ".join(f"{k} | (paper)" for k in keys) + " | Last - modalprompt | p | seeds | min/run |",
+              "|---" * 13 + "|"]
     ours = {r["args"]["seed"]: r["metrics"]["Last"] for r in rows.get("modalprompt", [])}
     for name in names:
         got, cells = rows[name], []
@@ -994,15 +1016,18 @@ def run_table(a, out):
             mean, std = metrics.mean_std(values) if values else (0, 0)
             cells += [f"{mean:.1f} ± {std:.1f}" if values else "-" if got else "not run",
                       f"{PAPER[name][k]:.2f}" if k in PAPER.get(name, {}) else "-"]
-        both = [(r["metrics"]["Last"], ours[s]) for r in got if (s := r["args"]["seed"]) in ours and name != "modalprompt"]
-        test = metrics.paired(*zip(*both)) if both else None
-        lines.append(f"| {name} | " + " | ".join(cells) + (f" | {test['difference']:+.1f} | {test['p']:.3f}" if test else " | - | -")
-                     + f" | {len(got)} | " + (f"{np.mean([r['minutes'] for r in got]):.1f} |" if got else "- |"))
+        both = [(r["metrics"]["Last"], ours[s]) for r in got if (s := r["args"]["seed"]) in ours]
+        test = metrics.paired(*zip(*both)) if both and name != "modalprompt" else None
+        cells += [f"{test['difference']:+.1f}", f"{test['p']:.3f}"] if test else ["-", "-"]
+        cells += [str(len(got)), f"{np.mean([r['minutes'] for r in got]):.1f}" if got else "-"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     some = next((r for got in rows.values() for r in got), None)
     if a.table == "2" and some:
-        lines += ["", "Last by task:", "", "| | " + " | ".join(some["tasks"]) + " |", "|---" * (1 + len(some["tasks"])) + "|"]
-        mean = lambda got, what: np.mean([np.array(r[what][-1], float) for r in got], 0)
-        lines += [f"| {n} | " + " | ".join(f"{x:.1f}" for x in mean(rows[n], "matrix")) + " |" for n in names if rows[n]]
+        lines += ["", "Last by task:", "", "| | " + " | ".join(some["tasks"]) + " |"]
+        lines += ["|---" * (1 + len(some["tasks"])) + "|"]
+        for name in (n for n in names if rows[n]):
+            by_task = np.mean([np.array(r["matrix"][-1], float) for r in rows[name]], 0)
+            lines.append(f"| {name} | " + " | ".join(f"{x:.1f}" for x in by_task) + " |")
         lines += ["", "Last with the official scoring (REC, ImageNet and OCRVQA differ): " +
                   ", ".join(f"{n} {np.mean([r['official']['Last'] for r in rows[n]]):.1f}" for n in names if rows[n])]
     if a.table in ("10", "fig4"):
@@ -1015,10 +1040,11 @@ def run_table(a, out):
         near = np.mean([r["similarity"] for r in rows["modalprompt"]], 0)
         picked = np.mean([np.array(r["selection_counts"]) for r in rows["modalprompt"]], 0)
         picked = 100 * picked / picked.sum(1, keepdims=True)
-        metrics.heat_map(near, out / "fig4-similarity.png", some["tasks"], some["tasks"], "similarity: prototype x task", 0, 1)
-        metrics.heat_map(picked, out / "fig4-selection.png", some["tasks"], some["tasks"], "% of picks: task x prompt set", 0, 34)
-        for title, X in (("Similarity of prototype (row) and task (column)", near), ("Share of picks in %: task (row), set (column)",
-                                                                                    picked)):
+        tasks = some["tasks"]
+        metrics.heat_map(near, out / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
+        metrics.heat_map(picked, out / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
+        for title, X in (("Similarity of prototype (row) and task (column)", near),
+                         ("Share of picks in %: task (row), set (column)", picked)):
             lines += ["", title, "", "```", "\n".join(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row)
                                                       for n, row in zip(some["tasks"], X)), "```"]
     text = "\n".join(lines)
@@ -1032,13 +1058,14 @@ def run_table(a, out):
 
 
 def answer_one(a):
-    """--answer IMAGE "question" --prompts FILE: selects among the saved prompts, prints the answer and the chosen tasks."""
+    """--answer IMAGE "question" --prompts FILE: selects among the saved prompts, prints the answer and the tasks chosen."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     image, question = a.answer
     path = Path(a.prompts or "")
     if not a.prompts or not path.is_file():
-        raise InputError(f"--answer needs --prompts FILE, the prompts.safetensors of a run; {a.prompts or 'none'} is not there")
+        raise InputError("--answer needs --prompts FILE, the prompts.safetensors of a run; "
+                         f"{a.prompts or 'none'} is not there")
     try:
         method = ModalPrompt.from_tensors(load_file(path))
     except SafetensorError as e:
@@ -1048,12 +1075,11 @@ def answer_one(a):
     results = finished(path.parent) or {}
     if a.backbone == "mini" and results.get("args", {}).get("backbone", "mini") != "mini":
         raise InputError(f"these prompts belong to --backbone {results['args']['backbone']}; give it and its --clip")
-    vlm, guidance = load(a.backbone, a.clip, a.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], a.template,
-                         a.text_feature, a.smoke)
+    vlm, guidance = load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke)
     if (vlm.width, guidance.width) != (method.width, method.guidance_width):
-        raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip have "
-                         f"{vlm.width} and {guidance.width}; give the models it was learned with")
-    method, guidance = method.to(a.device), guidance.to(a.device)
+        raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip "
+                         f"have {vlm.width} and {guidance.width}; give the models it was learned with")
+    method = method.to(a.device)
     sample = {"image": None if image == "none" else image, "text": question.replace("\\n", "\n"), "pad": True}
     prefix, chosen = method.select(*guidance([open_picture(sample)], [sample["text"]]))
     names = results.get("tasks") or [str(i + 1) for i in range(len(method.prompts))]
@@ -1070,7 +1096,7 @@ def learned(method, vlm, T):
 
 
 def bench(a):
-    """Parameters, memory, step time and answers per second of one method, and how an answer's time grows with the tasks."""
+    """Parameters, memory, step time and tokens per second of one method; how an answer's time grows with the tasks."""
     seven = a.backbone == "7b"
     if seven:
         meta = a.device == "cpu"
@@ -1080,8 +1106,7 @@ def bench(a):
             torch.set_default_dtype(torch.float32)
         vlm, guidance = VLM(model, processor, "plain"), Guidance(clip, clip_processor)
     else:
-        vlm, guidance = load(a.backbone, a.clip, a.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], a.template,
-                             a.text_feature, a.smoke)
+        vlm, guidance = load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke)
     base = sum(p.numel() for p in vlm.model.parameters())
     a.tasks = 8
     method = METHODS[a.method](vlm, guidance.width, 8, a).to(vlm.device)
@@ -1090,12 +1115,11 @@ def bench(a):
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     row = {"method": a.method, "trainable": trained, "frozen": base, "share_percent": 100 * trained / base}
     if seven and meta:
-        print(f"{a.method} at LLaVA-1.5-7B shapes: trainable {trained:,} a task = {row['share_percent']:.2f} % of {base:,}; "
-              "memory and time: not run, that needs a GPU with about 24 GB")
+        print(f"{a.method} at LLaVA-1.5-7B shapes: trainable {trained:,} a task = {row['share_percent']:.2f} % of "
+              f"{base:,}; memory and time: not run, that needs a GPU with about 24 GB")
         return row
     samples = instruction_stream(a.data, a.root, 0, a.sizes, a.limit).tasks[0]
     train, test = (samples.train * 99)[:a.batch], (samples.test * 99)[:a.eval_batch]
-    guidance.to(a.device)
     sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
 
     def seconds(*jobs, repeats=7):
@@ -1137,27 +1161,31 @@ def bench(a):
 
 
 def table6(a, out):
-    """Table 6: memory, time and trainable share of three methods, one process each; the backbone's size stands in the title."""
+    """Table 6: memory, time and trainable share, one process a method; the backbone stands in the title."""
     import subprocess
     rows = []
     for name in ("moelora", "coda", "modalprompt", "progressive"):
-        code = "import json,sys,modalprompt as m; print(json.dumps(m.bench(m.settle(m.parser().parse_args(sys.argv[1:])))))"
-        flags = ["--method", name, "--backbone", a.backbone, "--device", a.device, "--batch", str(a.batch), "--eval-batch",
-                 str(a.eval_batch), "--dtype", a.dtype] + (["--clip", a.clip] if a.clip else []) + ["--smoke"] * a.smoke
-        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=Path(__file__).parent)
+        code = "import json, sys, modalprompt as m; print(json.dumps(m.bench(m.settle(m.parser().parse_args(sys.argv[1:])))))"
+        flags = ["--method", name, "--backbone", a.backbone, "--device", a.device, "--batch", str(a.batch),
+                 "--eval-batch", str(a.eval_batch), "--dtype", a.dtype, *(["--clip", a.clip] if a.clip else []),
+                 *["--smoke"] * a.smoke]
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True,
+                              cwd=Path(__file__).parent)
         if done.returncode:
             raise InputError(f"the bench of {name} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
     where = metrics.environment()["hardware"]
     lines = [f"Table 6 on --backbone {a.backbone}, {where}, batch {a.batch}; (paper) is LLaVA-1.5-7B on A6000.", "",
-             "| | memory MiB | (paper) | s/step | tokens/s | (paper) | trainable % | (paper) | time at 64 tasks / at 8 |", "|---" * 9 + "|"]
+             "| | memory MiB | (paper) | s/step | tokens/s | (paper) | trainable % | (paper) | time at 64 tasks / at 8 |",
+             "|---" * 9 + "|"]
     paper = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27)}
     show = lambda r, k, form: form.format(r[k]) if k in r else "not run"
     for r in rows:
         memory, speed, share = paper.get(r["method"], ("-",) * 3)
-        lines.append(f"| {r['method']} | {show(r, 'peak_memory_mb', '{:.0f}')} | {memory} | {show(r, 'step_seconds', '{:.3f}')} | "
-                     f"{show(r, 'tokens_per_second', '{:.0f}')} | {speed} | {r['share_percent']:.2f} | {share} | "
-                     + (f"{r['64_over_8_tasks']:.3f} |" if "64_over_8_tasks" in r else "- |"))
+        cells = [r["method"], show(r, "peak_memory_mb", "{:.0f}"), memory, show(r, "step_seconds", "{:.3f}"),
+                 show(r, "tokens_per_second", "{:.0f}"), speed, f"{r['share_percent']:.2f}", share,
+                 show(r, "64_over_8_tasks", "{:.3f}") if "64_over_8_tasks" in r else "-"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     with atomic(out / "table6.md") as f:
         f.write("\n".join(lines) + "\n")
     with atomic(out / "table6.json") as f:
@@ -1169,23 +1197,23 @@ def table6(a, out):
 
 
 def parser():
-    p = argparse.ArgumentParser(description="ModalPrompt: continual instruction tuning with dual-modality guided prompts.",
+    p = argparse.ArgumentParser(description="ModalPrompt: continual instruction tuning, dual-modality guided prompts.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = lambda name, **k: p.add_argument(name, **{"action": argparse.BooleanOptionalAction, **k})
     p.add_argument("--data", default="mini", choices=["mini", "coin"], help="mini-CoIN (built in) or CoIN's files")
     p.add_argument("--root", help="folder of CoIN's files and pictures (--data coin)")
     p.add_argument("--limit", type=int, help="keep this many samples of each CoIN file, seeded")
-    p.add_argument("--sizes", type=int, nargs=3, default=(300, 60, 100), help="mini-CoIN: samples a task for train, val, test")
-    p.add_argument("--method", default="modalprompt", choices=list(METHODS), help="the paper's, its baselines, the two bounds")
+    p.add_argument("--sizes", type=int, nargs=3, default=(300, 60, 100), help="mini-CoIN: samples a task, train val test")
+    p.add_argument("--method", default="modalprompt", choices=list(METHODS), help="the paper's, baselines, the two bounds")
     p.add_argument("--backbone", default="mini", help="mini, a Hugging Face image-text-to-text id, or a folder")
     p.add_argument("--clip", help="CLIP of the guidance: id or folder (mini brings its own)")
     p.add_argument("--template", default="chat", choices=["chat", "vicuna", "plain"], help="how a question is written; "
                    "vicuna is LLaVA-1.5's training string")
-    p.add_argument("--text-feature", default="pooled", choices=["pooled", "projected"], help="x_t of Eq. 1 before or after "
-                   "CLIP's text projection")
+    p.add_argument("--text-feature", default="pooled", choices=["pooled", "projected"], help="x_t of Eq. 1 before or "
+                   "after CLIP's text projection")
     p.add_argument("--length", type=int, default=10, help="tokens of a prompt set (M in the paper)")
     p.add_argument("--top-k", type=int, default=3, help="prompt sets in the prefix (k)")
-    p.add_argument("--lam", type=float, default=0.5, help="weight of the picture in the guidance: 1 picture only, 0 text only")
+    p.add_argument("--lam", type=float, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text only")
     flag("--fusion", default=True, help="Eq. 4: earlier sets in front while training")
     flag("--selection", default=True, help="Eq. 8: top-k at test; without it all sets")
     p.add_argument("--proto-weight", type=float, default=1.0, help="weight of L_Proto in Eq. 7")
@@ -1198,7 +1226,7 @@ def parser():
     p.add_argument("--lr-projector", type=float, help="learning rate of Proj_p; default 2e-3 on mini, 2e-4 elsewhere")
     p.add_argument("--eval-batch", type=int, default=100)
     p.add_argument("--max-new-tokens", type=int, help="longest answer; default 12 on mini, 128 elsewhere")
-    p.add_argument("--split", default="test", choices=["test", "val"], help="what is reported; val is for choosing settings")
+    p.add_argument("--split", default="test", choices=["test", "val"], help="what is scored; val is to choose settings on")
     p.add_argument("--see", default="both", choices=["both", "picture", "question"], help="hide the other modality, in "
                    "training too: how much of a task one modality solves")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -1230,10 +1258,9 @@ def settle(a):
     a.lr = a.lr if a.given_lr else default_lr(a)
     a.lr_projector = a.lr_projector if a.lr_projector is not None else 2e-3 if mini else 2e-4
     a.max_new_tokens = a.max_new_tokens or (12 if mini else 128)
-    for name, low in (("length", 1), ("top_k", 1), ("epochs", 1), ("batch", 1), ("accum", 1), ("eval_batch", 1), ("rank", 1),
-                      ("experts", 1)):
-        if getattr(a, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} is at least {low}, not {getattr(a, name)}")
+    for name in ("length", "top_k", "epochs", "batch", "accum", "eval_batch", "rank", "experts"):
+        if getattr(a, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is at least 1, not {getattr(a, name)}")
     if not 0 <= a.lam <= 1:
         raise InputError(f"--lam lies in 0..1, not {a.lam}")
     if min(a.sizes) < 1:
@@ -1242,7 +1269,7 @@ def settle(a):
 
 
 def run_seeds(a, out):
-    """Every seed of one setting: runs/<name>/ for one, runs/<name>/seed<k>/ and results.json with mean and std for several."""
+    """Every seed of one setting: runs/<name>/ for one; runs/<name>/seed<k>/ and a results.json with mean, std for several."""
     results = []
     for seed in a.seeds:
         one = argparse.Namespace(**{**vars(a), "seed": seed})
