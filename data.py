@@ -518,7 +518,7 @@ def _coin(root, seed, limit):
     return Stream(tasks, notes)
 
 
-def instruction_stream(source="mini", root=None, seed=0, sizes=(300, 60, 100), limit=None):
+def instruction_stream(source="mini", root=None, seed=0, sizes=(240, 60, 100), limit=None):
     """The tasks of continual instruction tuning in CoIN's order.
 
     source "mini": mini-CoIN, sizes = samples per task for train, val, test.  source "coin": the CoIN files below root;
