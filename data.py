@@ -178,16 +178,15 @@ def _cover_picture(rng):
 
 
 def _scene_picture(rng):
-    """Three to six objects in the cells.  facts["objects"]: (shape, colour, column, row, box in pixels)."""
+    """Three to six objects in the cells.  facts["objects"]: (shape, colour, column, row)."""
     image, draw, background = _canvas(rng)
     few = rng.sample(_SHAPES[:10], 4)                                # some shapes repeat: questions ask about the others
     objects = []
     for cell in rng.sample(range(9), rng.randint(3, 6)):
         shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
         x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (cell % 3, cell // 3))
-        box = (x, y, x + size, y + size)
-        _draw(draw, shape, _tint(colour, rng), box, background)
-        objects.append((shape, colour, cell % 3, cell // 3, box))
+        _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
+        objects.append((shape, colour, cell % 3, cell // 3))
     return image, {"objects": objects}
 
 
@@ -197,9 +196,9 @@ def _blur(image, rng):
     return ImageEnhance.Brightness(image.filter(ImageFilter.GaussianBlur(rng.uniform(6, 9)))).enhance(rng.uniform(.4, .7))
 
 
-def box_text(box, size=_SIDE):
-    """A box in pixels as CoIN writes it, shares of the side; mini-CoIN rounds to 0.05."""
-    return "[" + ", ".join(f"{round(round(c / size * 20) / 20, 2):.2f}" for c in box) + "]"
+def box_text(column, row):
+    """The region of a cell as CoIN writes boxes, shares of the side: "[0.33, 0.00, 0.67, 0.33]"."""
+    return "[" + ", ".join(f"{k / 3:.2f}" for k in (column, row, column + 1, row + 1)) + "]"
 
 
 def _scene_facts(objects):
@@ -207,9 +206,9 @@ def _scene_facts(objects):
     shapes = [o[0] for o in objects]
     at = {(o[2], o[3]): o[0] for o in objects}
     facts = {"colour": [], "count": [], "locate": [], **{side: [] for side in _SIDES}}
-    for shape, colour, column, row, box in objects:
+    for shape, colour, column, row in objects:
         if shapes.count(shape) == 1:
-            facts["locate"].append((f"{colour} {shape}", box_text(box)))
+            facts["locate"].append((f"{colour} {shape}", box_text(column, row)))
             facts["colour"].append((shape, colour))
             for side, (dx, dy) in _SIDES.items():
                 if (column + dx, row + dy) in at:
@@ -278,15 +277,14 @@ def mini_coin_sample(task, rng):
 
 
 def _labels(kind, facts):
-    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 12 numbers.
+    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 9 numbers.
 
-    Shape, colour, the shapes left, right, above and below, how many of this shape, its box in twentieths, the word
-    written there; 0 where there is none."""
-    cells, words = [[0] * 12 for _ in range(9)], (*_SIGNS, *_TITLES, *_AUTHORS)
+    Shape, colour, the shapes left, right, above and below, column, row, word written there; 0 where there is none."""
+    cells, words = [[0] * 9 for _ in range(9)], (*_SIGNS, *_TITLES, *_AUTHORS)
 
     def number(x, y, **labels):
         for name, value in labels.items():
-            cells[3 * y + x][{"shape": 0, "colour": 1, "word": 11}[name]] = value + 1
+            cells[3 * y + x][{"shape": 0, "colour": 1, "word": 8}[name]] = value + 1
 
     colour = list(_COLOURS).index
     if kind in ("diagram", "photo"):
@@ -299,10 +297,9 @@ def _labels(kind, facts):
         number(facts["columns"][2], 2, word=words.index(facts["author"]))
     elif kind == "scene":
         at = {(o[2], o[3]): _SHAPES.index(o[0]) + 1 for o in facts["objects"]}
-        for shape, name, x, y, box in facts["objects"]:
+        for shape, name, x, y in facts["objects"]:
             around = (at.get((x + dx, y + dy), 0) for dx, dy in _SIDES.values())
-            cells[3 * y + x] = [at[x, y], colour(name) + 1, *around,
-                                list(at.values()).count(at[x, y]), *(round(c / _SIDE * 20) for c in box), 0]
+            cells[3 * y + x] = [at[x, y], colour(name) + 1, *around, x + 1, y + 1, 0]
     return cells
 
 
@@ -347,6 +344,7 @@ def mini_coin_upstream(rng):
             say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
             if image is None:                                        # the answer named: which letter has it
                 say.append(("letter", f"{answer} {options}", letter, "the choice is {}"))
+                say.append(("recite", options, options, "{}"))
             caption = caption if image is not None else f"words about {pool}"
     say = [(skill, text, answer, form.format(answer)) for skill, text, answer, form in say]
     return image, say, caption, _labels(kind, facts)
@@ -360,7 +358,7 @@ def mini_coin_words():
     """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small backbone."""
     rng, seen = random.Random("vocabulary"), {}
     lines = [" ".join((*_SHAPES, *_COLOURS, *_SIGNS, *_TITLES, *_AUTHORS, *_GENRES, *map(str, range(10)))),
-             " ".join(f"{i / 20:.2f}" for i in range(21)), "A. B. C. D. E. A B C D E"]
+             " ".join(f"{i / 3:.2f}" for i in range(4)), "A. B. C. D. E. A B C D E"]
     for _ in range(1500):
         _, said, caption, _ = mini_coin_upstream(rng)
         lines += [caption, "short", *(" ".join(turn) for turn in said)]

@@ -360,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=1500, clip_steps=400, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=700, steps=2200, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
@@ -404,6 +404,7 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
         return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                           unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left")
 
+    pictures = getattr(tf, "CLIPImageProcessorPil", None) or tf.CLIPImageProcessor       # the one without torchvision
     picture = dict(do_resize=True, size={"height": side, "width": side}, do_center_crop=False,
                    image_mean=[0.5] * 3, image_std=[0.5] * 3)
     vision = lambda w: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -415,7 +416,7 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
                                    num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
                                    pad_token_id=0, bos_token_id=1, eos_token_id=3),
         vision_feature_layer=-2 if tower else -1))
-    processor = tf.LlavaProcessor(tf.CLIPImageProcessorPil(**picture), tokenizer(False), patch_size=patch,
+    processor = tf.LlavaProcessor(pictures(**picture), tokenizer(False), patch_size=patch,
                                   vision_feature_select_strategy="default", num_additional_image_tokens=1)
     g = clip_width
     clip = tf.CLIPModel(tf.CLIPConfig(
@@ -425,7 +426,7 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
                          pad_token_id=0)))
     text = tokenizer(True)
     text.padding_side = "right"
-    return model, processor, clip, tf.CLIPProcessor(tf.CLIPImageProcessorPil(**picture), text)
+    return model, processor, clip, tf.CLIPProcessor(pictures(**picture), text)
 
 
 def pretrain(folder, config=MINI, progress=True, watch=None):
@@ -470,7 +471,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
 
     def sight(rows):
         h = tower(see(rows)).last_hidden_state[:, 1:]                    # (B,9,D)
-        return F.cross_entropy(eyes(h).unflatten(-1, (12, 33)).flatten(0, 2), cells[rows].flatten())
+        return F.cross_entropy(eyes(h).unflatten(-1, (9, 33)).flatten(0, 2), cells[rows].flatten())
 
     def language(rows):
         lines, answers = [], []
@@ -503,7 +504,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         text = nn.utils.rnn.pad_sequence(text, batch_first=True)
         return clip(pixel_values=see(rows), input_ids=text, attention_mask=(text != 0).long(), return_loss=True).loss
 
-    tower, n_image, eyes = model.model.vision_tower, model.config.image_seq_length, nn.Linear(config["width"], 12 * 33)
+    tower, n_image, eyes = model.model.vision_tower, model.config.image_seq_length, nn.Linear(config["width"], 9 * 33)
     shown = seen.nonzero()[:, 0].tolist()
     fit("eyes", config["sight_steps"], nn.ModuleList([tower, eyes]), sight, shown)
     tower.requires_grad_(False).eval()
@@ -860,6 +861,15 @@ def summary(A):
     return out
 
 
+def run_args(a):
+    """The arguments that decide a run's outcome, for results.json, --resume and --table."""
+    keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector "
+            "proto_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
+            "see max_new_tokens smoke")
+    args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
+    return {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}
+
+
 def run_one(a, folder):
     """One method, one seed: learns the stream and leaves `folder`; returns what results.json holds."""
     torch.manual_seed(a.seed)
@@ -880,11 +890,7 @@ def run_one(a, folder):
     begin = lambda t: method.begin_task(table, torch.Generator().manual_seed(a.seed * 7919 + t))
     begin_all = lambda t: [(torch.manual_seed(a.seed * 7919 + i), begin(i)) for i in range(t + 1)]
 
-    keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector "
-            "proto_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
-            "see max_new_tokens smoke")
-    args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
-    run = Run(folder, {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}, a.resume)
+    run = Run(folder, run_args(a), a.resume)
     say = (lambda *_: None) if a.quiet else print
     say(f"{'method':<10}{a.method}   backbone {a.backbone} (width {vlm.width}, {len(vlm.layers)} layers)   guidance "
         f"width {guidance.width} ({guidance.text_feature} text)   seed {a.seed}   no task id at test")
@@ -991,17 +997,24 @@ def finished(folder):
 def run_table(a, out):
     """One table or figure of the paper at the chosen scale, beside the paper's numbers: table<N>.md and .json in `out`.
 
-    Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again, so
-    a stopped table goes on where it was.  Tables share their runs.  --no-run prints what is there."""
+    Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again, so a stopped table goes on where it
+    was.  Tables share their runs.  --no-run prints what is there.  Raises InputError for runs of other arguments."""
     names, seeds = TABLES[a.table], a.seeds
     place = lambda name, seed: out / name.replace(" ", "-") / f"seed{seed}"
-    todo = [(seed, name) for seed in seeds for name in names
-            if a.run and finished(place(name, seed)) is None]
-    for n, (seed, name) in enumerate(todo):
-        one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
-        one.lr = a.lr if a.given_lr else default_lr(one)
-        print(f"[{n + 1}/{len(todo)}] {name}, seed {seed}", flush=True)
-        run_one(one, place(name, seed))
+    todo = []
+    for seed in seeds:
+        for name in names:
+            one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
+            one.lr = a.lr if a.given_lr else default_lr(one)
+            old = finished(place(name, seed))
+            wrong = [k for k, v in run_args(one).items() if old and old["args"].get(k) != v]
+            if wrong:
+                raise InputError(f"{place(name, seed)} was made with other arguments: {', '.join(wrong)}; use the same, or "
+                                 "another --out")
+            todo += [(name, one)] if a.run and not old else []
+    for n, (name, one) in enumerate(todo):
+        print(f"[{n + 1}/{len(todo)}] {name}, seed {one.seed}", flush=True)
+        run_one(one, place(name, one.seed))
     rows = {name: [r for seed in seeds if (r := finished(place(name, seed)))] for name in names}
     lines = [f"Table {a.table} on {a.data}: mean ± standard deviation over seeds; (paper) is LLaVA-1.5-7B on CoIN. Last, Avg,",
              "M: higher is better; B: lower. p: two-sided sign-flip test of Last against modalprompt, paired by seed.", ""]
