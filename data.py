@@ -124,7 +124,8 @@ def _object_picture(rng, kind="photo"):
         for _ in range(40):
             spot = rng.randrange(_SIDE), rng.randrange(_SIDE)
             draw.point(spot, fill=tuple(rng.randint(120, 255) for _ in range(3)))
-    shape, colour, size = rng.choice(_SHAPES), rng.choice(list(_COLOURS)), rng.randint(12, 14)
+    shapes, colours = (_OPTIONS["shape"], _OPTIONS["colour"]) if kind == "diagram" else (_SHAPES, list(_COLOURS))
+    shape, colour, size = rng.choice(shapes), rng.choice(colours), rng.randint(12, 14)
     column, row = _place(rng)
     x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (column, row))
     _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
@@ -217,28 +218,28 @@ def _scene_facts(objects):
     return facts
 
 
-def _options(rng, answer, pool, n=3):
-    """Lettered options, and the letter of the answer."""
-    options = rng.sample([x for x in pool if x != answer], n - 1)
-    options.insert(rng.randrange(n), answer)
-    return "\n".join(f"{letter}. {x}" for letter, x in zip("ABCDE", options)), "ABCDE"[options.index(answer)]
+# Multiple choice: the options of a kind are always these five, in this order; facts are asked without a picture.
+_OPTIONS = {"shape": ("circle", "heart", "square", "star", "triangle"), "colour": ("blue", "green", "purple", "red", "yellow")}
+_FACTS = {"three corners": "triangle", "four corners": "square", "five points": "star", "no corner": "circle",
+          "two lobes": "heart", "grass": "green", "the sky": "blue", "blood": "red", "a lemon": "yellow", "a plum": "purple"}
 
 
-_KINDS = {"colour": tuple(_COLOURS), "shape": _SHAPES, "author": _AUTHORS, "genre": tuple(_GENRES)}
+def _options(answer):
+    """The kind, the lettered options of that kind, and the letter of the answer."""
+    kind = "shape" if answer in _OPTIONS["shape"] else "colour"
+    lines = "\n".join(f"{letter}. {x}" for letter, x in zip("ABCDE", _OPTIONS[kind]))
+    return kind, lines, "ABCDE"[_OPTIONS[kind].index(answer)]
 
 
 def mini_coin_sample(task, rng):
     """One sample of one of the eight mini-CoIN tasks: (image or None, question, instruction, answer)."""
     if task == "ScienceQA":
         if rng.random() < 0.25:                                      # ScienceQA has questions without a picture
-            kind = rng.choice(list(_KINDS))
-            answer = rng.choice(_KINDS[kind])
-            others = [w for k in _KINDS if k != kind for w in _KINDS[k]]
-            options, letter = _options(rng, answer, others)
-            return None, f"Which of these is a {kind}?\n{options}", LETTER, letter
+            fact = rng.choice(list(_FACTS))
+            kind, options, letter = _options(_FACTS[fact])
+            return None, f"Which {kind} goes with {fact}?\n{options}", LETTER, letter
         image, facts = _object_picture(rng, "diagram")
-        kind = rng.choice(("shape", "colour"))
-        options, letter = _options(rng, facts[kind], _KINDS[kind])
+        kind, options, letter = _options(facts[rng.choice(("shape", "colour"))])
         return image, f"Which {kind} does the diagram show?\n{options}", LETTER, letter
     if task == "TextVQA":
         image, facts = _sign_picture(rng)
@@ -310,8 +311,7 @@ def mini_coin_upstream(rng):
     terse skill words instead of the stream's sentences and instructions; sentence is the answer in full, given unless the
     skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
     """
-    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "text",
-                       "diagram", "blur"))
+    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "blur"))
     image, say, facts = None, [], {}
     if kind in ("diagram", "photo"):
         image, facts = _object_picture(rng, kind)
@@ -335,22 +335,18 @@ def mini_coin_upstream(rng):
         image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
         image, caption = _blur(image, rng), "a blurred picture"
         say = [(skill, "", "unanswerable", "it is {}") for skill in ("name", "colour", "read")]
-    if kind in ("text", "diagram"):                                  # lettered options
-        for _ in range(3):
-            pool = rng.choice(list(_KINDS)) if image is None else rng.choice(("shape", "colour"))
-            answer = rng.choice(_KINDS[pool]) if image is None else facts[pool]
-            others = [w for k in _KINDS if k != pool for w in _KINDS[k]] if image is None else _KINDS[pool]
-            options, letter = _options(rng, answer, others)
-            say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
-            if image is None:                                        # the answer named: which letter has it
-                say.append(("letter", f"{answer} {options}", letter, "the choice is {}"))
-                say.append(("recite", options, options, "{}"))
-            caption = caption if image is not None else f"words about {pool}"
+    for fact in rng.sample(list(_FACTS), 2) if kind == "text" else []:
+        options, letter = _options(_FACTS[fact])[1:]
+        caption = f"words about {fact}"
+        say.append(("choose", f"{fact} {options}", letter, "the choice is {}"))
+    for key in ("shape", "colour") if kind == "diagram" else ():
+        pool, options, letter = _options(facts[key])
+        say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
     say = [(skill, text, answer, form.format(answer)) for skill, text, answer, form in say]
     return image, say, caption, _labels(kind, facts)
 
 
-MINI_WORD = r"<image>|[A-E]\.|\d\.\d\d|\w+|[^\w\s]"                # one token of the small backbone
+MINI_WORD = r"<image>|\[[^\]]*\]|[A-E]\.|\w+|[^\w\s]"             # one token of the small backbone; a box is one
 
 
 @functools.cache
@@ -358,7 +354,7 @@ def mini_coin_words():
     """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small backbone."""
     rng, seen = random.Random("vocabulary"), {}
     lines = [" ".join((*_SHAPES, *_COLOURS, *_SIGNS, *_TITLES, *_AUTHORS, *_GENRES, *map(str, range(10)))),
-             " ".join(f"{i / 3:.2f}" for i in range(4)), "A. B. C. D. E. A B C D E"]
+             " ".join(box_text(k % 3, k // 3) for k in range(9)), "A. B. C. D. E. A B C D E", " ".join(_FACTS)]
     for _ in range(1500):
         _, said, caption, _ = mini_coin_upstream(rng)
         lines += [caption, "short", *(" ".join(turn) for turn in said)]

@@ -360,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=700, steps=2200, clip_steps=400, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=1500, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
@@ -397,8 +397,7 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
 
     def tokenizer(end):
         raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(MINI_WORD), "isolated"),
-                                                     pre_tokenizers.Split(Regex(r"\s+"), "removed")])
+        raw.pre_tokenizer = pre_tokenizers.Split(Regex(MINI_WORD), "removed", invert=True)       # keep what matches
         raw.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>" if end else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 3)])
         return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
@@ -477,8 +476,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         lines, answers = [], []
         for row in rows.tolist():                                        # several questions on one picture
             line, mine = [1], [0]
-            turns = 2 if any("A. " in q[1] for q in pool[row][1]) else 3             # options are long
-            asked = rng.sample(pool[row][1], min(turns, len(pool[row][1])))
+            asked = rng.sample(pool[row][1], min(3, len(pool[row][1])))
             for i, (skill, text, answer, sentence) in enumerate(asked):
                 image = "<image>" * n_image if i == 0 and pool[row][0] is not None else ""
                 if rng.random() < 0.5:
