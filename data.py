@@ -330,7 +330,7 @@ def mini_coin_upstream(rng):
         caption = "a scene with " + " and ".join(f"a {o[1]} {o[0]}" for o in facts["objects"])
         forms = {"colour": "the colour is {}", "count": "there are {}", "locate": "it is at {}"}
         say = [(s, *fact, forms.get(s, "it shows a {}")) for s, all_facts in _scene_facts(facts["objects"]).items()
-               for fact in rng.sample(all_facts, min(2, len(all_facts)))]
+               for fact in rng.sample(all_facts, min(3 if s == "locate" else 2, len(all_facts)))]
     elif kind == "blur":
         image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
         image, caption = _blur(image, rng), "a blurred picture"

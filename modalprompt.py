@@ -360,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=1500, clip_steps=400, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=3000, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
