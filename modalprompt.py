@@ -1025,7 +1025,8 @@ def run_table(a, out):
         for k in keys:
             values = [r["metrics"][k] for r in got if r["metrics"].get(k) is not None]
             mean, std = metrics.mean_std(values) if values else (0, 0)
-            cells += [f"{mean:.1f} ± {std:.1f}" if values else "-" if got else "not run",
+            spread = f" ± {std:.1f}" if len(values) > 1 else ""
+            cells += [f"{mean:.1f}{spread}" if values else "-" if got else "not run",
                       f"{PAPER[name][k]:.2f}" if k in PAPER.get(name, {}) else "-"]
         both = [(r["metrics"]["Last"], ours[s]) for r in got if (s := r["args"]["seed"]) in ours]
         test = metrics.paired(*zip(*both)) if both and name != "modalprompt" else None
