@@ -8,6 +8,8 @@ import csv
 import functools
 import hashlib
 import json
+import math
+import pickle
 import random
 import re
 import sys
@@ -656,6 +658,834 @@ def _jsonl(setting, path, root, seed):
     return stream
 
 
+# ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
+
+
+MODALITIES = ("audio", "video", "text")
+
+
+@dataclass
+class Utterances:
+    """Some utterances with some modalities available: one split of one task of an affect stream.
+
+    features   {"audio": (N,n,d), "video": (N,n,d), "text": (N,n,d)} float32, complete and shared by all tasks
+    label      (N,) float32 sentiment, or int64 class
+    rows       (n,) int64: which of the N utterances these are      available   the modalities that may be looked at
+    """
+    features: dict
+    label: np.ndarray
+    rows: np.ndarray
+    available: frozenset = frozenset(MODALITIES)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        """Utterance i as {"audio", "video", "text": (n,d), "label"}; a missing modality is zeros of the same shape."""
+        row = self.rows[i]
+        seen = {m: x[row] if m in self.available else np.zeros_like(x[row]) for m, x in self.features.items()}
+        return {**seen, "label": self.label[row]}
+
+
+# mini-affect, version 1.  Tuned on the lower and the upper bound alone, then frozen: any change needs a new version.
+MINI_AFFECT = {
+    "version": 1,
+    "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
+    "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,          # utterances
+    "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},             # how much of the sentiment each modality shows
+    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},     # the habit's spread, and where it shows
+    "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},              # of the evidence, in units of sentiment (-3..3)
+    "relation": 0.5,                                                 # correlation of audio's and text's noise
+    "gain": 0.5, "token": 0.25}                                      # evidence in features; noise of every feature
+
+
+def _mini_affect(n, rng, world, classes=0):
+    """n utterances of mini-affect -> features {m: (n,len,dim)}, label (n,).
+
+    Sentiment s ~ +-U(0.3,3); the speaker's habit b ~ N(0, habit^2), how loud, lively and wordy somebody always is.
+    Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,   audio's and text's u correlated ("relation").
+    Text is the strongest alone, audio next, video weak.  Two modalities together tell s from b, so the right use of one
+    depends on which others are there (video counts against audio where both are, and for the sentiment alone): the
+    missing-modality tasks contradict each other, and training on one spoils another.
+    The evidence is written along one direction of the feature space at two random steps of the sequence, a second
+    direction marks those steps; everything else is noise.
+    classes=4: the label is the quadrant of s and of an arousal r ~ +-U(0.3,3), written along a third direction.
+    """
+    geometry = np.random.default_rng(7)                              # the same directions for everybody, upstream too
+    strong = lambda: rng.choice((-1.0, 1.0), n) * rng.uniform(0.3, 3, n)
+    s, r, b = strong(), strong(), world["habit"] * rng.standard_normal(n)
+    u = dict(zip(MODALITIES, rng.standard_normal((3, n))))
+    u["audio"] = world["relation"] * u["text"] + np.sqrt(1 - world["relation"] ** 2) * u["audio"]
+    features = {}
+    for m in MODALITIES:
+        length, dim = world["lengths"][m], world["dims"][m]
+        q = np.linalg.qr(geometry.standard_normal((dim, dim)))[0]    # orthogonal directions: evidence, arousal, marker
+        x = world["token"] * rng.standard_normal((n, length, dim)) / np.sqrt(3)
+        where = np.argsort(rng.random((n, length)), axis=1)[:, :2]   # (n,2) the steps that speak
+        arousal = r + (1.5 if m == "text" else 0.7) * rng.standard_normal(n)
+        evidence = world["signal"][m] * s + world["shown"][m] * b + world["noise"][m] * u[m]
+        value = world["gain"] * evidence[:, None] * q[0] + 2 * q[2] + (arousal[:, None] * q[1] if classes else 0)
+        x[np.arange(n)[:, None], where] += value[:, None]            # (n,2,dim)
+        features[m] = x.astype(np.float32)
+    label = (2 * (s > 0) + (r > 0)).astype(np.int64) if classes else s.astype(np.float32)
+    return features, label
+
+
+def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0, max_length=50, world=None):
+    """The stream of the missing-modality paper: one task per pattern of available modalities, in the order given.
+
+    source      "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
+    patterns    sequence of frozensets over MODALITIES, Table 1        root   folder (or file) of the real data
+    samples     "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
+    fold        of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0     seed   of mini's utterances
+    max_length  longer sequences are averaged over that many equal windows        world   changes to MINI_AFFECT
+    Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the number of
+    classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities, version, features,
+    label.
+    Raises InputError for a name that is not known, a missing or malformed file.
+    """
+    if samples not in ("shared", "disjoint"):
+        raise InputError(f"--samples is shared or disjoint, not {samples!r}")
+    notes = []
+    if source in ("mini", "mini4"):
+        world, classes = {**MINI_AFFECT, **(world or {})}, 4 if source == "mini4" else 0
+        sizes = [world[k] for k in ("upstream", "upstream_val", "train", "val", "test")]
+        up, up_label = _mini_affect(sum(sizes[:2]), np.random.default_rng(1), world, classes)
+        own, own_label = _mini_affect(sum(sizes[2:]), np.random.default_rng(1000 + seed), world, classes)
+        features = {m: np.concatenate([up[m], own[m]]) for m in MODALITIES}
+        label = np.concatenate([up_label, own_label])
+        up_train, up_val, *splits = np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
+        scoring, version = ("classes" if classes else "mosi"), f"mini-affect {world['version']}"
+    else:
+        if str(source).endswith(".npz"):
+            raw, scoring = _read_npz(Path(root or "", source), fold), None
+        elif source in _READERS:
+            if not root:
+                raise InputError(f"--data {source} needs --root, the folder with {_READERS[source][1]}")
+            raw, scoring = _READERS[source][0](Path(root), source, fold), {"sims": "sims"}.get(source)
+        else:
+            raise InputError(f"--data is mini, mini4, {', '.join(_READERS)} or a path to <file>.npz, not {source!r}")
+        features, label, splits = _join(raw, max_length, notes)
+        up_train, up_val = splits[:2]                                # real data: no utterances besides the stream's
+        scoring = scoring or ("classes" if label.dtype.kind in "iu" else "mosi")
+        version = Path(source).name
+    extra = {"dims": {m: x.shape[2] for m, x in features.items()}, "lengths": {m: x.shape[1] for m, x in features.items()},
+             "outputs": int(label.max()) + 1 if scoring == "classes" else 1, "scoring": scoring, "version": version,
+             "features": features, "label": label,
+             "upstream": tuple(Utterances(features, label, rows) for rows in (up_train, up_val))}
+    rng, T = np.random.default_rng(seed), len(patterns)
+    parts = [[rows] * T if samples == "shared" or k == 2 else np.array_split(rng.permutation(rows), T)
+             for k, rows in enumerate(splits)]                       # test: always everybody, masked with each pattern
+    tasks = [Task(pattern_name(p), *(Utterances(features, label, parts[k][t], frozenset(p)) for k in range(3)))
+             for t, p in enumerate(patterns)]
+    empty = [f"{t.name} has no {k} utterances" for t in tasks for k in ("train", "val", "test")
+             if not len(getattr(t, k))]
+    if empty:
+        raise InputError(f"--data {source}: task {empty[0]}; use more data or --samples shared")
+    return Stream(tasks, notes, extra)
+
+
+def _join(raw, max_length, notes):
+    """{split: {"audio", "video", "text", "label", "where"}} -> features, label, [rows of train, val, test]."""
+    features, first = {}, raw["train"]
+    for m in MODALITIES:
+        parts = []
+        for split, part in raw.items():
+            x, where = np.asarray(part[m]), part["where"]
+            if x.dtype.kind not in "fiu" or x.ndim not in (2, 3):
+                raise InputError(f"{where}: {m} of {split} has type {x.dtype} and shape {x.shape}, "
+                                 "expected numbers (N,n,d)")
+            x = x[:, None] if x.ndim == 2 else x
+            if len(x) != len(part["label"]):
+                raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, as labels")
+            expected = np.shape(first[m])[-1]
+            if x.shape[2] != expected:
+                raise InputError(f"{where}: {m} of {split} has dimension {x.shape[2]}, expected {expected} as in train")
+            x = x.astype(np.float32)
+            bad = ~np.isfinite(x)
+            if bad.any():
+                notes.append(f"warning: {where}: {m} of {split} has {int(bad.sum())} values -inf or NaN; set to 0")
+                x = np.where(bad, np.float32(0), x)
+            parts.append(windows(x, max_length))
+        longest = max(x.shape[1] for x in parts)
+        features[m] = np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in parts])
+    label = np.concatenate([np.asarray(part["label"]) for part in raw.values()])
+    if label.dtype.kind == "f" and not np.isfinite(label).all():
+        raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; drop those rows")
+    label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
+    sizes = [len(part["label"]) for part in raw.values()]
+    return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
+
+
+def windows(x, n):
+    """(N,length,d) -> at most n steps: the mean of each of n nearly equal windows; shorter ones stay as they are."""
+    length = x.shape[1]
+    if length <= n:
+        return x
+    edges = np.linspace(0, length, n + 1).astype(int)
+    return np.add.reduceat(x, edges[:-1], axis=1) / np.diff(edges)[:, None].astype(np.float32)
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Admits numpy arrays, numbers, strings and builtin containers.  Everything else a pickle could call is refused."""
+    _core = getattr(np, "_core", None) or np.core                    # NumPy 2 renamed numpy.core
+    _allowed = {("collections", "OrderedDict"): dict, ("_codecs", "encode"): lambda text, codec: text.encode(codec),
+                ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    for _name in ("numpy.core", "numpy._core"):
+        _allowed[_name + ".multiarray", "_reconstruct"] = _core.multiarray._reconstruct
+        _allowed[_name + ".multiarray", "scalar"] = _core.multiarray.scalar
+        _allowed[_name + ".numeric", "_frombuffer"] = _core.numeric._frombuffer
+    for _type in (list, dict, set, frozenset, tuple, bytearray, complex, slice, range):
+        _allowed["builtins", _type.__name__] = _allowed["__builtin__", _type.__name__] = _type
+
+    def find_class(self, module, name):
+        try:
+            return self._allowed[module, name]
+        except KeyError:
+            raise InputError(f"it asks for {module}.{name}, which is neither numpy nor a builtin container") from None
+
+
+def read_pickle(path):
+    """The content of a pickle of numpy arrays and builtin containers.  Raises InputError if it holds anything else: a
+    pickle from elsewhere can run any program when it is read the usual way."""
+    try:
+        with open(path, "rb") as f:
+            return _SafeUnpickler(f, encoding="latin1").load()       # latin1: arrays pickled by Python 2
+    except InputError as e:
+        raise InputError(f"{path} is refused: {e}; convert it to <file>.npz on a machine where you trust it") from None
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as e:
+        raise InputError(f"{path} is not a complete pickle ({type(e).__name__}: {e}); download it again") from None
+
+
+def _take(part, where, split, *names):
+    for name in names:
+        if name in part:
+            return part[name]
+    raise InputError(f"{where}: {split} has no key {' or '.join(names)}; found {', '.join(map(str, part))}")
+
+
+def _read_pickles(root, source, fold):
+    """MulT's and MMSA's pickles: {split: {text, audio, vision, labels (N,1,1) | regression_labels (N,)}}."""
+    names = {"mosi": ("mosi_data.pkl", "mosi_data_noalign.pkl"), "sims": ("unaligned_39.pkl", "unaligned.pkl"),
+             "mosei": ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl"),
+             "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}[source]
+    names += ("aligned_50.pkl", "unaligned_50.pkl") if source in ("mosi", "mosei") else ()
+    found = [root] if root.is_file() else [f for n in names for f in (root / n, root / "Processed" / n) if f.is_file()]
+    if not found:
+        raise InputError(f"{root} has none of {', '.join(names)} (nor Processed/ with one); "
+                         "--root may also be the file itself")
+    data, raw = read_pickle(found[0]), {}
+    for split in ("train", "valid", "test"):
+        part = _take(data, found[0], "the file", split) if isinstance(data, dict) else {}
+        label = np.asarray(_take(part, found[0], split, "regression_labels", "labels"))
+        if source == "iemocap":                                      # MulT: (N,4,2), one yes/no pair per emotion
+            if label.ndim != 3 or label.shape[1:] != (4, 2):
+                raise InputError(f"{found[0]}: labels of {split} has shape {label.shape}, expected (N,4,2)")
+            label = label[:, :, 1].argmax(1).astype(np.int64)
+        else:
+            label = label.reshape(len(label), -1)[:, 0].astype(np.float32)
+        take = functools.partial(_take, part, found[0], split)
+        raw[split] = {"audio": take("audio"), "video": take("vision", "video"), "text": take("text"), "label": label,
+                      "where": found[0]}
+    return raw
+
+
+def _read_iemocap(root, source, fold):
+    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.
+    Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle."""
+    if not (root / "A").is_dir():
+        return _read_pickles(root, source, fold)
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{root} holds .h5 files: pip install h5py, or use MulT's iemocap_data.pkl") from None
+    files = {"audio": root / "A/comparE.h5", "video": root / "V/denseface.h5", "text": root / "L/bert_large.h5"}
+    longest, raw, cv = {"audio": 350, "video": 50, "text": 22}, {}, str(fold + 1)
+    missing = [f for f in files.values() if not f.is_file()]
+    if missing:
+        raise InputError(f"{missing[0]} does not exist")
+    opened, scale = {m: h5py.File(f, "r") for m, f in files.items()}, (0.0, 1.0)
+    if (root / "A/comparE_mean_std.h5").is_file():
+        with h5py.File(root / "A/comparE_mean_std.h5", "r") as f:
+            if cv not in f:
+                raise InputError(f"{root / 'A/comparE_mean_std.h5'} has no cross-validation set {cv} (--folds {fold})")
+            scale = f[cv]["mean"][()], np.maximum(f[cv]["std"][()], 1e-6)
+    for split, short in (("train", "trn"), ("valid", "val"), ("test", "tst")):
+        labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
+        for f in (labels, names):
+            if not f.is_file():
+                raise InputError(f"{f} does not exist (--folds {fold} is cross-validation set {cv})")
+        keys = [k.decode() if isinstance(k, bytes) else str(k) for k in np.load(names).reshape(-1)]
+        part = {"label": np.load(labels).argmax(1).astype(np.int64), "where": labels}
+        for m, f in opened.items():
+            lost = [k for k in keys if k not in f]
+            if lost:
+                raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} of {split} lack)")
+            rows = [np.asarray(f[k][()], np.float32)[:longest[m]] for k in keys]
+            rows = [(x - scale[0]) / scale[1] for x in rows] if m == "audio" else rows
+            part[m] = np.stack([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]).astype(np.float32)
+        raw[split] = part
+    for f in opened.values():
+        f.close()
+    return raw
+
+
+def _read_npz(path, fold):
+    """<file>.npz: audio, video, text (N,n,d), label (N,), and split (0 1 2 | train valid test) or fold (0..F-1).
+
+    With fold: test = that fold, val = the next one, train = the others.  label of integers = classes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            data = {k: z[k] for k in z.files if k in (*MODALITIES, "label", "split", "fold")}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as e:
+        raise InputError(f"{path} is not a readable .npz of plain arrays ({type(e).__name__}: {e})") from None
+    label = np.asarray(_take(data, path, "the file", "label")).reshape(-1)
+    which = np.asarray(_take(data, path, "the file", "split", "fold"))
+    if len(which) != len(label):
+        raise InputError(f"{path}: split or fold has {len(which)} entries, expected {len(label)}, one per label")
+    if "split" in data:
+        rows = {k: np.isin(which.astype(str), names) for k, names in
+                (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
+    else:
+        folds = int(which.max()) + 1
+        if folds < 3 or not 0 <= fold < folds:
+            raise InputError(f"{path}: fold has {folds} folds; three or more are needed, --folds is of 0..{folds - 1}")
+        rows = {"train": (which != fold) & (which != (fold + 1) % folds) & (which >= 0),
+                "valid": which == (fold + 1) % folds, "test": which == fold}
+    for m in MODALITIES:
+        if len(_take(data, path, "the file", m)) != len(label):
+            raise InputError(f"{path}: {m} has {len(data[m])} rows, expected {len(label)}, one per label")
+    return {split: {**{m: data[m][keep] for m in MODALITIES}, "label": label[keep], "where": path}
+            for split, keep in rows.items()}
+
+
+_READERS = {"mosi": (_read_pickles, "mosi_data.pkl (MulT) or Processed/unaligned_50.pkl (MMSA)"),
+            "mosei": (_read_pickles, "mosei_senti_data.pkl (MulT) or Processed/unaligned_50.pkl (MMSA)"),
+            "sims": (_read_pickles, "Processed/unaligned_39.pkl (MMSA)"),
+            "iemocap": (_read_iemocap, "A/ V/ L/ target/ (MMIN) or iemocap_data.pkl (MulT)")}
+
+
+def pattern_name(available):
+    """frozenset({"audio", "text"}) -> "al": the available modalities, a audio, v video, l text (language)."""
+    return "".join({"audio": "a", "video": "v", "text": "l"}[m] for m in MODALITIES if m in available)
+
+
+def describe_affect(source="mini", patterns=None, **options):
+    """A few lines about an affect stream: sizes, and what a linear read-out of the mean features reaches per pattern.
+
+    For every pattern: accuracy (points) of least squares fitted on that pattern's train split (its best use), and of the
+    weights fitted on complete modalities with the missing ones set to zero (what a model that knows no other case does).
+    """
+    patterns = patterns or [frozenset(p) for p in (MODALITIES, ("audio", "video"), ("video", "text"), ("audio", "text"),
+                                                   ("audio",), ("video",), ("text",))]
+    stream = affect_stream(source, patterns, **options)
+    task, extra = stream.tasks[0], stream.extra
+    mean = {m: x.mean(1) for m, x in extra["features"].items()}
+    label = np.eye(extra["outputs"])[extra["label"]] * 2 - 1 if extra["scoring"] == "classes" else extra["label"][:, None]
+    table = lambda rows, seen: np.concatenate([mean[m][rows] * (m in seen) for m in MODALITIES] + [np.ones((len(rows), 1))], 1)
+    fit = lambda seen: np.linalg.lstsq(table(task.train.rows, seen), label[task.train.rows], rcond=1e-4)[0]
+
+    def accuracy(weights, seen):
+        guess, truth = table(task.test.rows, seen) @ weights, label[task.test.rows]
+        return 100 * np.mean(guess.argmax(1) == truth.argmax(1) if truth.shape[1] > 1 else (guess > 0) == (truth > 0))
+    full = fit(MODALITIES)
+    lines = [f"{extra['version']}: " + ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
+             + f"; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test per task", *stream.notes,
+             "pattern   linear, fitted on it   fitted on all three modalities"]
+    return "\n".join(lines + [f"{t.name:<9} {accuracy(fit(t.test.available), t.test.available):20.1f}   "
+                              f"{accuracy(full, t.test.available):30.1f}" for t in stream.tasks])
+
+
+# ------------------------------------------------------------------------------- mini-CoIN and the CoIN layout
+# One instruction sample is a dict:
+#   image    a PIL picture, a path, or None (a question without a picture)
+#   text     the question, then the instruction of Table 7, as the model and the guidance read it
+#   answer   the answer to learn and to compare with; a box is "[x1, y1, x2, y2]", shares of the padded square
+#   kind     which rule of metrics.score_instruction applies; id, and where a source has them: answers, size
+COIN = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "REC", "VQAv2", "OCRVQA")               # the paper's order
+LETTER = "Answer with the option's letter from the given choices directly."                          # Table 7
+WORD = "Answer the question using a single word or phrase."
+OBJECT = "What is the object in the image?"
+BOX = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+MINI_COIN = 1                                                        # the version of the world below; frozen
+
+_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "arrow", "house", "tree", "key")
+_COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
+            "purple": (150, 50, 190), "black": (25, 25, 25)}
+_SIGNS = ("stop", "exit", "sale", "open", "taxi", "cafe", "bank", "farm")
+_TITLES = ("wind", "rain", "gold", "fire", "lake", "echo")
+_AUTHORS = ("west", "king", "hart", "ford", "nash", "wolf")
+_GENRES = {"romance": "heart", "travel": "arrow", "nature": "tree", "space": "moon", "crime": "key"}
+_SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+_SIDE, _CELL = 48, 16                                                # a picture is 3 x 3 cells of 16 x 16 pixels
+
+
+def _outline(shape):
+    """Polygons of a shape in the unit square, and whether each is filled with the background (a hole)."""
+    arc = lambda x, y, r, a=0, b=360, n=14: [(x + r * math.cos(math.radians(a + (b - a) * i / n)),
+                                              y + r * math.sin(math.radians(a + (b - a) * i / n))) for i in range(n + 1)]
+    box = lambda x1, y1, x2, y2: [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    star = [(.5 + r * math.sin(math.pi * i / 5), .5 - r * math.cos(math.pi * i / 5))
+            for i, r in enumerate([.5, .2] * 5)]
+    return {"circle": [arc(.5, .5, .5)], "square": [box(.05, .05, .95, .95)], "triangle": [[(.5, 0), (1, 1), (0, 1)]],
+            "star": [star], "heart": [arc(.27, .28, .27), arc(.73, .28, .27), [(.02, .4), (.98, .4), (.5, 1)]],
+            "cross": [box(.35, 0, .65, 1), box(0, .35, 1, .65)], "moon": [arc(.5, .5, .5), [*arc(.78, .4, .42)]],
+            "ring": [arc(.5, .5, .5), arc(.5, .5, .26)], "arrow": [[(0, .35), (.5, .35), (.5, .05), (1, .5), (.5, .95),
+                                                                     (.5, .65), (0, .65)]],
+            "house": [box(.15, .45, .85, 1), [(.5, 0), (1, .5), (0, .5)]],
+            "tree": [arc(.5, .33, .33), box(.42, .6, .58, 1)],
+            "key": [arc(.25, .5, .25), box(.4, .42, 1, .58), box(.75, .5, .85, .8), box(.9, .5, 1, .8), arc(.22, .5, .1)]
+            }[shape], {"moon": {1}, "ring": {1}, "key": {4}}.get(shape, set())
+
+
+def _draw(draw, shape, colour, box, background):
+    polygons, holes = _outline(shape)
+    x1, y1, x2, y2 = box
+    for i, points in enumerate(polygons):
+        draw.polygon([(x1 + x * (x2 - x1), y1 + y * (y2 - y1)) for x, y in points],
+                     fill=background if i in holes else colour)
+
+
+def _tint(name, rng, spread=12):
+    return tuple(int(min(255, max(0, c + rng.randint(-spread, spread)))) for c in _COLOURS[name])
+
+
+def _canvas(rng, paper=None):
+    from PIL import Image, ImageDraw
+    background = paper or tuple(rng.randint(205, 245) for _ in range(3))
+    image = Image.new("RGB", (_SIDE, _SIDE), background)
+    return image, ImageDraw.Draw(image), background
+
+
+def _object_picture(rng, kind="photo"):
+    """One object.  kind: diagram (ruled white paper) or photo (tinted, speckled)."""
+    image, draw, background = _canvas(rng, (255, 255, 255) if kind == "diagram" else None)
+    if kind == "diagram":
+        for y in range(6, _SIDE, 7):
+            draw.line((0, y, _SIDE, y), fill=(200, 210, 235))
+    else:
+        for _ in range(40):
+            spot = rng.randrange(_SIDE), rng.randrange(_SIDE)
+            draw.point(spot, fill=tuple(rng.randint(120, 255) for _ in range(3)))
+    shapes, colours = (_OPTIONS["shape"], _OPTIONS["colour"]) if kind == "diagram" else (_SHAPES, list(_COLOURS))
+    shape, colour, size = rng.choice(shapes), rng.choice(colours), rng.randint(12, 14)
+    column, row = _place(rng)
+    x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (column, row))
+    _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
+    return image, {"shape": shape, "colour": colour, "cell": (column, row)}
+
+
+# A 3 x 5 font of our own (five rows a letter, three bits each), so that no Pillow version changes the world.
+_FONT = dict(zip("abcdefghijklmnopqrstuvwxyz", (
+    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 67555 25552 65644 25563 65655 34216 "
+    "72222 55557 55552 55775 55255 55222 71247").split()))
+
+
+def _place(rng):
+    return rng.randrange(3), rng.randrange(3)
+
+
+def _write(draw, rng, word, column, row, fill):
+    """Four letters of 3 x 5 pixels fill the width of a cell."""
+    x, y = _CELL * column, _CELL * row + rng.randint(5, 6)
+    for i, letter in enumerate(word):
+        for j, bits in enumerate(_FONT[letter]):
+            draw.point([(x + 4 * i + k, y + j) for k in range(3) if int(bits) >> (2 - k) & 1], fill=fill)
+
+
+def _ink(colour):
+    return (20, 20, 20) if sum(_COLOURS[colour]) > 330 else (255, 255, 255)
+
+
+def _sign_picture(rng):
+    """A coloured board across the picture with one word."""
+    image, draw, _ = _canvas(rng)
+    word, colour, (column, row) = rng.choice(_SIGNS), rng.choice(list(_COLOURS)), _place(rng)
+    draw.rectangle((0, _CELL * row, _SIDE, _CELL * (row + 1) - 1), fill=_tint(colour, rng))
+    _write(draw, rng, word, column, row, _ink(colour))
+    return image, {"word": word, "colour": colour, "cell": (column, row)}
+
+
+def _cover_picture(rng):
+    """A book: title above, the genre's emblem in the middle, author below."""
+    image, draw, _ = _canvas(rng)
+    colour = rng.choice(list(_COLOURS))
+    paper, ink = _tint(colour, rng), _ink(colour)
+    draw.rectangle((0, 0, _SIDE, _SIDE), fill=paper)
+    facts = {"title": rng.choice(_TITLES), "author": rng.choice(_AUTHORS), "genre": rng.choice(list(_GENRES)),
+             "colour": colour, "columns": tuple(rng.randrange(3) for _ in range(3))}
+    for row, key in ((0, "title"), (2, "author")):
+        _write(draw, rng, facts[key], facts["columns"][row], row, ink)
+    x = _CELL * facts["columns"][1] + rng.randint(0, 2)
+    _draw(draw, _GENRES[facts["genre"]], ink, (x, 17, x + 13, 30), paper)
+    return image, facts
+
+
+def _scene_picture(rng):
+    """Three to six objects in the cells.  facts["objects"]: (shape, colour, column, row)."""
+    image, draw, background = _canvas(rng)
+    few = rng.sample(_SHAPES[:10], 4)                                # some shapes repeat: questions ask about the others
+    objects = []
+    for cell in rng.sample(range(9), rng.randint(3, 6)):
+        shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
+        x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (cell % 3, cell // 3))
+        _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
+        objects.append((shape, colour, cell % 3, cell // 3))
+    return image, {"objects": objects}
+
+
+def _blur(image, rng):
+    """Out of focus and dark, as a picture that cannot be answered about."""
+    from PIL import ImageEnhance, ImageFilter
+    return ImageEnhance.Brightness(image.filter(ImageFilter.GaussianBlur(rng.uniform(6, 9)))).enhance(rng.uniform(.4, .7))
+
+
+def box_text(column, row):
+    """The region of a cell as CoIN writes boxes, shares of the side: "[0.33, 0.00, 0.67, 0.33]"."""
+    return "[" + ", ".join(f"{k / 3:.2f}" for k in (column, row, column + 1, row + 1)) + "]"
+
+
+def _scene_facts(objects):
+    """Every question a scene answers: (skill, argument, answer), shapes and colours in words."""
+    shapes = [o[0] for o in objects]
+    at = {(o[2], o[3]): o[0] for o in objects}
+    facts = {"colour": [], "count": [], "locate": [], **{side: [] for side in _SIDES}}
+    for shape, colour, column, row in objects:
+        if shapes.count(shape) == 1:
+            facts["locate"].append((f"{colour} {shape}", box_text(column, row)))
+            facts["colour"].append((shape, colour))
+            for side, (dx, dy) in _SIDES.items():
+                if (column + dx, row + dy) in at:
+                    facts[side].append((shape, at[column + dx, row + dy]))
+    facts["count"] = [("", str(len(objects)))]
+    return facts
+
+
+# Multiple choice: the options of a kind are always these five, in this order; facts are asked without a picture.
+_OPTIONS = {"shape": ("circle", "heart", "square", "star", "triangle"), "colour": ("blue", "green", "purple", "red", "yellow")}
+_FACTS = {"three corners": "triangle", "four corners": "square", "five points": "star", "no corner": "circle",
+          "two lobes": "heart", "grass": "green", "the sky": "blue", "blood": "red", "a lemon": "yellow", "a plum": "purple"}
+
+
+def _options(answer):
+    """The kind, the lettered options of that kind, and the letter of the answer."""
+    kind = "shape" if answer in _OPTIONS["shape"] else "colour"
+    lines = "\n".join(f"{letter}. {x}" for letter, x in zip("ABCDE", _OPTIONS[kind]))
+    return kind, lines, "ABCDE"[_OPTIONS[kind].index(answer)]
+
+
+def mini_coin_sample(task, rng):
+    """One sample of one of the eight mini-CoIN tasks: (image or None, question, instruction, answer)."""
+    if task == "ScienceQA":
+        if rng.random() < 0.25:                                      # ScienceQA has questions without a picture
+            fact = rng.choice(list(_FACTS))
+            kind, options, letter = _options(_FACTS[fact])
+            return None, f"Which {kind} goes with {fact}?\n{options}", LETTER, letter
+        image, facts = _object_picture(rng, "diagram")
+        kind, options, letter = _options(facts[rng.choice(("shape", "colour"))])
+        return image, f"Which {kind} does the diagram show?\n{options}", LETTER, letter
+    if task == "TextVQA":
+        image, facts = _sign_picture(rng)
+        question = rng.choice(("What does the sign say?", "What word is written here?", "What is written on the board?"))
+        return image, question, WORD, facts["word"]
+    if task == "ImageNet":
+        image, facts = _object_picture(rng)
+        return image, OBJECT, WORD, facts["shape"]
+    if task == "VizWiz":
+        image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
+        question, key = rng.choice((("What is this?", "shape" if "shape" in facts else "word"),
+                                    ("What colour is this?", "colour")))
+        if rng.random() < 0.4:
+            return _blur(image, rng), question, WORD, "unanswerable"
+        return image, question, WORD, facts[key]
+    if task == "OCRVQA":
+        image, facts = _cover_picture(rng)
+        key, question = rng.choice((("title", "What is the title of this book?"),
+                                    ("author", "Who is the author of this book?"),
+                                    ("genre", "What is the genre of this book?")))
+        return image, question, WORD, facts[key]
+    while True:                                                      # GQA, REC and VQAv2 share their pictures, as in CoIN
+        image, facts = _scene_picture(rng)
+        facts = _scene_facts(facts["objects"])
+        skill = {"GQA": rng.choice(list(_SIDES)), "REC": "locate", "VQAv2": rng.choice(("colour", "count"))}[task]
+        if facts[skill]:
+            break
+    argument, answer = rng.choice(facts[skill])
+    if task == "REC":
+        return image, BOX.format(argument), "", answer
+    if task == "VQAv2":
+        question = f"What is the colour of the {argument}?" if skill == "colour" else "How many things are there?"
+        return image, question, WORD, answer
+    side = {"left": "to the left of", "right": "to the right of"}.get(skill, skill)
+    return image, f"What is {side} the {argument}?", WORD, answer
+
+
+def _labels(kind, facts):
+    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 9 numbers.
+
+    Shape, colour, the shapes left, right, above and below, column, row, word written there; 0 where there is none."""
+    cells, words = [[0] * 9 for _ in range(9)], (*_SIGNS, *_TITLES, *_AUTHORS)
+
+    def number(x, y, **labels):
+        for name, value in labels.items():
+            cells[3 * y + x][{"shape": 0, "colour": 1, "word": 8}[name]] = value + 1
+
+    colour = list(_COLOURS).index
+    if kind in ("diagram", "photo"):
+        number(*facts["cell"], shape=_SHAPES.index(facts["shape"]), colour=colour(facts["colour"]))
+    elif kind == "sign":
+        number(*facts["cell"], word=words.index(facts["word"]), colour=colour(facts["colour"]))
+    elif kind == "cover":
+        number(facts["columns"][0], 0, word=words.index(facts["title"]))
+        number(facts["columns"][1], 1, shape=_SHAPES.index(_GENRES[facts["genre"]]))
+        number(facts["columns"][2], 2, word=words.index(facts["author"]))
+    elif kind == "scene":
+        at = {(o[2], o[3]): _SHAPES.index(o[0]) + 1 for o in facts["objects"]}
+        for shape, name, x, y in facts["objects"]:
+            around = (at.get((x + dx, y + dy), 0) for dx, dy in _SIDES.values())
+            cells[3 * y + x] = [at[x, y], colour(name) + 1, *around, x + 1, y + 1, 0]
+    return cells
+
+
+def mini_coin_upstream(rng):
+    """One picture of the upstream mixture that the small backbone is pre-trained on, with all its questions.
+
+    Returns (image or None, [(skill, text, answer, sentence)], caption, cells).  Disjoint from the stream: other pictures,
+    terse skill words instead of the stream's sentences and instructions; sentence is the answer in full, given unless the
+    skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
+    """
+    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "blur"))
+    image, say, facts = None, [], {}
+    if kind in ("diagram", "photo"):
+        image, facts = _object_picture(rng, kind)
+        caption = f"a {kind} of a {facts['colour']} {facts['shape']}"
+        say = [("name", "", facts["shape"], "it shows a {}"), ("colour", "", facts["colour"], "the colour is {}")]
+    elif kind == "sign":
+        image, facts = _sign_picture(rng)
+        caption = f"a {facts['colour']} sign with {facts['word']}"
+        say = [("read", "", facts["word"], "the text says {}"), ("colour", "", facts["colour"], "the colour is {}")]
+    elif kind == "cover":
+        image, facts = _cover_picture(rng)
+        caption = f"a {facts['colour']} cover with {facts['title']} and {facts['author']} and {facts['genre']}"
+        say = [(key, "", facts[key], f"the {key} is {{}}") for key in ("title", "author", "genre")]
+    elif kind == "scene":
+        image, facts = _scene_picture(rng)
+        caption = "a scene with " + " and ".join(f"a {o[1]} {o[0]}" for o in facts["objects"])
+        forms = {"colour": "the colour is {}", "count": "there are {}", "locate": "it is at {}"}
+        say = [(s, *fact, forms.get(s, "it shows a {}")) for s, all_facts in _scene_facts(facts["objects"]).items()
+               for fact in rng.sample(all_facts, min(3 if s == "locate" else 2, len(all_facts)))]
+    elif kind == "blur":
+        image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
+        image, caption = _blur(image, rng), "a blurred picture"
+        say = [(skill, "", "unanswerable", "it is {}") for skill in ("name", "colour", "read")]
+    for fact in rng.sample(list(_FACTS), 2) if kind == "text" else []:
+        options, letter = _options(_FACTS[fact])[1:]
+        caption = f"words about {fact}"
+        say.append(("choose", f"{fact} {options}", letter, "the choice is {}"))
+    for key in ("shape", "colour") if kind == "diagram" else ():
+        pool, options, letter = _options(facts[key])
+        say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
+    say = [(skill, text, answer, form.format(answer)) for skill, text, answer, form in say]
+    return image, say, caption, _labels(kind, facts)
+
+
+MINI_WORD = r"<image>|\[[^\]]*\]|[A-E]\.|\w+|[^\w\s]"             # one token of the small backbone; a box is one
+
+
+@functools.cache
+def mini_coin_words():
+    """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small backbone."""
+    rng, seen = random.Random("vocabulary"), {}
+    lines = [" ".join((*_SHAPES, *_COLOURS, *_SIGNS, *_TITLES, *_AUTHORS, *_GENRES, *map(str, range(10)))),
+             " ".join(box_text(k % 3, k // 3) for k in range(9)), "A. B. C. D. E. A B C D E", " ".join(_FACTS)]
+    for _ in range(1500):
+        _, said, caption, _ = mini_coin_upstream(rng)
+        lines += [caption, "short", *(" ".join(turn) for turn in said)]
+    lines += [" ".join(mini_coin_sample(task, rng)[1:]) for task in COIN for _ in range(200)]
+    for line in lines:
+        seen.update(dict.fromkeys(re.findall(MINI_WORD, line)))
+    return tuple(sorted(seen))
+
+
+# the rule of metrics.score_instruction that scores each task
+_RULES = dict(zip(COIN, ("letter", "vqa", "class", "gqa", "word", "box", "word", "title")))
+
+
+def _mini_coin(seed, sizes):
+    tasks = []
+    for task in COIN:
+        splits = []
+        for split, n in zip(("train", "val", "test"), sizes):
+            rng, samples = random.Random(f"mini-CoIN {MINI_COIN} {seed} {task} {split}"), []
+            for i in range(n):
+                image, question, instruction, answer = mini_coin_sample(task, rng)
+                name = f"{task}/{split}/{i}"
+                samples.append({"id": name, "key": name, "image": image, "answer": answer, "kind": _RULES[task],
+                                "text": f"{question}\n{instruction}" if instruction else question})
+            splits.append(samples)
+        tasks.append(Task(task, *splits))
+    return Stream(tasks, [f"mini-CoIN version {MINI_COIN}, seed {seed}"])
+
+
+def sample_picture(sample):
+    """The sample's picture as a PIL RGB image, or None; padded to a square with its mean colour where the source says so.
+
+    Raises InputError if the file cannot be decoded: readers leave missing and truncated pictures out beforehand.
+    """
+    image = sample.get("image")
+    if image is None or not isinstance(image, (str, Path)):
+        return image
+    image = open_picture(image)
+    return pad_square(image) if sample.get("pad") else image
+
+
+def pad_square(image):
+    """The picture in the middle of a square of its mean colour: CoIN's boxes are shares of this square."""
+    from PIL import Image, ImageStat
+    w, h = image.size
+    if w == h:
+        return image
+    square = Image.new("RGB", (max(w, h),) * 2, tuple(int(c) for c in ImageStat.Stat(image).mean))
+    square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+    return square
+
+
+def picture_problem(path):
+    """None if the file looks whole, else "missing", "truncated" or "not a picture".  Reads only the file's two ends."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            head = f.read(16)
+            f.seek(max(0, path.stat().st_size - 1024))
+            tail = f.read()
+    except OSError:
+        return "missing"
+    if head[:2] == b"\xff\xd8":
+        return None if b"\xff\xd9" in tail else "truncated"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return None if b"IEND" in tail else "truncated"
+    return None if head[:4] in (b"RIFF", b"GIF8") or head[:2] in (b"BM", b"II", b"MM") else "not a picture"
+
+
+_COIN_FOLDERS = {"REC": "Grounding"}                                 # CoIN's folder of a task, where the names differ
+_COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}                  # others: test.json
+COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/{train,test}.json "
+             "(val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset Zacks-Chen/CoIN; pictures below "
+             "DIR at the paths the JSON files name")
+
+
+def parse_box(text):
+    """Four numbers of "[x1, y1, x2, y2]" as floats, or None."""
+    numbers = re.findall(r"-?\d*\.?\d+", str(text))
+    return [float(x) for x in numbers[:4]] if len(numbers) >= 4 else None
+
+
+def _coin_file(path, task, root, count):
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not JSON ({e}); download the file again")
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: a JSON list of samples is needed, this is a {type(rows).__name__}")
+    samples = []
+    for i, row in enumerate(rows):
+        where = f"{path}, sample {i}"
+        try:
+            if "conversations" in row:                               # training file
+                human, gpt = (turn["value"] for turn in row["conversations"][:2])
+                text, answer = human.replace("<image>", "").strip(), gpt
+            else:                                                    # test file
+                text, answer = row["text"].replace("<image>", "").strip(), row.get("answer_bbox", row.get("answer"))
+            if not isinstance(text, str) or answer is None:
+                raise KeyError("answer")
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"{where}: needs conversations (human, gpt) or text and answer; missing or wrong: {e}")
+        sample = {"id": row.get("id", row.get("question_id", i)), "text": text, "answer": str(answer).strip(),
+                  "kind": _RULES[task], "image": None, "pad": True}
+        if row.get("answers"):                                       # ten annotators, where the file has them
+            sample["answers"] = [a["answer"] if isinstance(a, dict) else a for a in row["answers"]]
+        if task == "REC" and parse_box(answer) is None:
+            count["boxes that cannot be parsed, left out"] += 1
+            continue
+        if row.get("image"):
+            sample["image"] = str(root / row["image"])
+            problem = picture_problem(sample["image"])
+            if problem:
+                count[f"pictures {problem}, samples left out"] += 1
+                continue
+        else:
+            count["questions without a picture"] += 1
+        samples.append(sample)
+    return samples
+
+
+def _coin(root, seed, limit):
+    from collections import Counter
+    folder = Path(root) / "Instructions_Original"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not there; CoIN is expected as {COIN_TREE}")
+    tasks, notes = [], []
+    for task in COIN:
+        where = folder / _COIN_FOLDERS.get(task, task)
+        files = {"train": where / "train.json", "test": where / _COIN_TEST.get(task, "test.json")}
+        if not where.is_dir():
+            notes.append(f"{task}: no folder {where}, task left out")
+            continue
+        splits = {}
+        for split, path in files.items():
+            if not path.exists():
+                raise InputError(f"{path} is not there; CoIN is expected as {COIN_TREE}")
+            count = Counter()
+            samples = _coin_file(path, task, Path(root), count)
+            if not samples:
+                raise InputError(f"{path}: no usable sample" + "".join(f"; {n} {what}" for what, n in count.items()))
+            notes += [f"{task} {split}: {n} {what}" for what, n in sorted(count.items())]
+            order = random.Random(f"{seed} {task} {split}").sample(range(len(samples)), len(samples))
+            splits[split] = [samples[i] for i in (order[:limit] if limit else order)]
+        n = len(splits["train"])                                     # CoIN has no validation part: a share of train
+        n_val = max(1, min(500, n // 10)) if n > 1 else 0
+        tasks.append(Task(task, splits["train"][n_val:], splits["train"][:n_val], splits["test"]))
+    if not tasks:
+        raise InputError(f"{folder} holds none of the eight tasks; CoIN is expected as {COIN_TREE}")
+    return Stream(tasks, notes)
+
+
+def instruction_stream(source="mini", root=None, seed=0, sizes=(240, 60, 100), limit=None):
+    """The tasks of continual instruction tuning in CoIN's order.
+
+    source "mini": mini-CoIN, sizes = samples per task for train, val, test.  source "coin": the CoIN files below root;
+    limit keeps that many samples of each file, seeded; a tenth of train (at most 500) serves as val.
+    Raises InputError for a missing or malformed file; what was left out, and why, stands in the stream's notes.
+    """
+    if source == "mini":
+        return _mini_coin(seed, sizes)
+    if source == "coin":
+        if root is None:
+            raise InputError(f"--data coin needs --root DIR; expected: {COIN_TREE}")
+        return _coin(root, seed, limit)
+    raise InputError(f"--data {source}: unknown; one of mini, coin")
+
+
+def describe_mini_coin(path, columns=8, seed=0):
+    """Writes a contact sheet of mini-CoIN, one row a task, to `path` (PNG) and returns one line of text a task."""
+    from PIL import Image
+    rng, lines = random.Random(seed), []
+    sheet = Image.new("RGB", (columns * 104, len(COIN) * 104), "white")
+    for i, task in enumerate(COIN):
+        for j in range(columns):
+            image, question, instruction, answer = mini_coin_sample(task, rng)
+            if image is not None:
+                sheet.paste(image.resize((96, 96), 0), (j * 104 + 4, i * 104 + 4))
+        lines.append(f"{task}: {' '.join(f'{question} {instruction}'.split())} -> {answer}")
+    sheet.save(path)
+    return lines
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -681,25 +1511,28 @@ def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
 
 
 def main():
-    """python data.py vqav2|nextqa|mini-vqa|FILE.jsonl: print a partition, or draw a sheet of samples."""
+    """python data.py mini-vqa|vqav2|nextqa|FILE.jsonl|mini-affect|mini-coin: print a partition, or draw a sheet of samples."""
     parser = argparse.ArgumentParser(description="Print how a source is divided into tasks, or draw a sheet of samples.")
-    parser.add_argument("source", help="mini-vqa, vqav2, nextqa or a .jsonl file")
-    parser.add_argument("sheet", nargs="?", help="mini-vqa: draw labelled samples into this PNG instead")
+    parser.add_argument("source", help="mini-vqa, vqav2, nextqa, a .jsonl file, mini-affect or mini-coin")
+    parser.add_argument("sheet", nargs="?", help="mini-vqa, mini-coin: draw labelled samples into this PNG instead")
     parser.add_argument("--root", default=".", help="folder with the files")
     parser.add_argument("--setting", nargs="+", default=["DI", "CI", "QI"], choices=["DI", "CI", "QI"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.source == "mini-vqa" and args.sheet:
-        mini_vqa_sheet(args.sheet, seed=args.seed)
-        return print(f"wrote {args.sheet}")
-    for setting in args.setting:
-        try:
+    try:
+        if args.source == "mini-affect":
+            return print(describe_affect("mini"))
+        if args.source == "mini-coin":
+            return print(describe_mini_coin(args.sheet or "mini-coin.png") or f"wrote {args.sheet or 'mini-coin.png'}")
+        if args.source == "mini-vqa" and args.sheet:
+            mini_vqa_sheet(args.sheet, seed=args.seed)
+            return print(f"wrote {args.sheet}")
+        for setting in args.setting:
             stream = vqa_stream(setting, args.source.replace("mini-vqa", "mini"), args.root, args.seed)
             print(f"{setting}\n{describe(stream)}\n")
-        except InputError as e:
-            print(f"{setting}: {e}", file=sys.stderr)
-            if setting == args.setting[-1]:
-                sys.exit(2)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError
+from data import InputError, parse_box
 
 # ------------------------------------------------------------------------------------------ the accuracy matrix
 
@@ -155,6 +155,103 @@ def token_f1(prediction, answer):
     if not guess or not truth:
         return float(guess == truth)
     return 2 * sum((guess & truth).values()) / (guess.total() + truth.total())
+
+
+# ------------------------------------------------------------------- answer scoring of CoIN (modalprompt.py)
+
+
+def option_letter(text):
+    """The letter A-E of a multiple-choice answer as CoIN reads it, or None: "B", "B. cat", "the choice is B"."""
+    text = str(text).strip()
+    match = re.match(r"([A-E])(?:\.\s|\.?$|\))", text) or re.search(r"\b([A-E])\b", text)
+    return match.group(1) if match else None
+
+
+def box_iou(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2), in [0,1]; 0.0 where one of them is empty."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    area = lambda r: max(0.0, r[2] - r[0]) * max(0.0, r[3] - r[1])
+    union = area(a) + area(b) - max(0.0, w) * max(0.0, h)
+    return max(0.0, w) * max(0.0, h) / union if union > 0 else 0.0
+
+
+def _official_box(text):
+    """The official parser with its defect: brackets go, then the first and last character go once more, so that
+    "[0.12, 0.30, 0.45, 0.98]" reads y2 = 0.9 and "[1.0, ..." reads x1 = 0.0."""
+    try:
+        return [float(x) for x in str(text).replace("[", "").replace("]", "")[1:-1].split(",")]
+    except ValueError:
+        return None
+
+
+def score_instruction(kind, prediction, sample, official=False):
+    """The score of one answer in [0,1] by the rule of its task; sample: dict with answer (and answers where known).
+
+    kind letter   ScienceQA   the letter is right; no letter is wrong
+         vqa      TextVQA     VQA soft accuracy over `answers`, normalised exact match where there is one answer
+         class    ImageNet    official: one string contains the other, case matters, an empty answer counts as right
+                              corrected: one contains the other as whole words, any case, empty is wrong
+         gqa      GQA         exact, lower case, final full stops dropped
+         word     VizWiz, VQAv2   exact, any case
+         box      REC         IoU > 0.5; official: with the parser that loses digits; corrected: every number read
+         title    OCRVQA      exact, any case; "unanswerable" is wrong
+    Sources: the evaluation scripts of the official repository at c7bee7c, retold.  Raises ValueError for another kind.
+    """
+    truth, guess = str(sample["answer"]).strip(), str(prediction).strip()
+    if kind == "letter":
+        return float(option_letter(guess) == option_letter(truth))
+    if kind == "vqa":
+        return vqa_accuracy(guess, sample.get("answers") or [truth])
+    if kind == "class":
+        if official:
+            return float(truth in guess or guess in truth)
+        words = lambda x: f" {' '.join(re.findall(r'[a-z0-9]+', x.lower()))} "
+        return float(bool(guess.strip()) and bool(words(guess).strip()) and
+                     (words(truth) in words(guess) or words(guess) in words(truth)))
+    if kind == "gqa":
+        return float(guess.rstrip(".").lower() == truth.rstrip(".").lower())
+    if kind == "word":
+        return exact_match(guess, truth)
+    if kind == "box":
+        a, b = (_official_box(guess) if official else parse_box(guess)), parse_box(truth)
+        return float(a is not None and len(a) == 4 and b is not None and box_iou(a, b) > 0.5)
+    if kind == "title":
+        return float(guess.lower() == truth.lower() and guess.lower() != "unanswerable")
+    raise ValueError(f"kind is one of letter, vqa, class, gqa, word, box, title, not {kind!r}")
+
+
+# -------------------------------------------------------------------------------- sentiment and emotion (missing_prompt.py)
+
+
+def affect_scores(output, label, scoring="mosi"):
+    """Scores of outputs (n,C) against labels (n,): a dict of floats, "accuracy" in points first.
+
+    "mosi"     Acc-2: sign of the score, neutral labels (0) left out        "sims"   the same with zeros kept, as negative
+    "classes"  accuracy of the argmax over C classes
+    With a score also f1 (weighted over the two signs, points), mae, and corr (Pearson; nan where the outputs are constant).
+    """
+    output, label = np.asarray(output, float), np.asarray(label)
+    if scoring == "classes":
+        guess, truth = output.argmax(-1), label
+    else:
+        value = output[:, 0]
+        used = label != 0 if scoring == "mosi" else np.ones(len(label), bool)
+        guess, truth = value[used] > 0, label[used] > 0
+    scores = {"accuracy": float(100 * np.mean(guess == truth)), "f1": weighted_f1(guess, truth)}
+    if scoring != "classes":
+        constant = value.std() == 0 or label.std() == 0
+        scores |= {"mae": float(np.abs(value - label).mean()),
+                   "corr": math.nan if constant else float(np.corrcoef(value, label)[0, 1])}
+    return scores
+
+
+def weighted_f1(guess, truth):
+    """F1 of every class weighted by how often it is true, in points."""
+    total = 0.0
+    for c in np.unique(truth):
+        hit = np.sum((guess == c) & (truth == c))
+        total += np.mean(truth == c) * 2 * hit / (np.sum(guess == c) + np.sum(truth == c))
+    return float(100 * total)
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
