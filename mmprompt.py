@@ -477,17 +477,17 @@ def from_pretrained(cls, name, flag, **more):
 
 # ---- the small backbone: pre-trained here once, then kept
 MINI = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)       # 0.75 M parameters
-EYES = 3
+EYES = 3                                                             # steps of the eyes alone, per step of the whole
 MINI_STEPS, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB = 3000, 128, 24_000, 2e-3, 512
 
 
 def mini_tokenizer(texts=()):
     """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows last."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     known = ["<pad>", "</s>", "<unk>", "<mask>", *data.MINI_WORDS]
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("<mask>", "isolated"),
-                                     pre_tokenizers.Split(tokenizers_pattern(), "isolated")])
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                            # < and > stay: <mask>
+                                     pre_tokenizers.Split(Regex(r"[.,;:!?\"'()]"), "isolated")])
     count = Counter(w for text in texts for w, _ in split.pre_tokenize_str(text.lower()))
     new = [w for w, _ in count.most_common() if w not in set(known)]
     words = (known + new)[:MINI_VOCAB]
@@ -498,12 +498,6 @@ def mini_tokenizer(texts=()):
     if new:
         tqdm.write(f"{len(new)} words are new to the small backbone: {len(new) - lost} get random rows, {lost} become <unk>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
-def tokenizers_pattern():
-    """Punctuation other than < and >, so that <mask> survives."""
-    from tokenizers import Regex
-    return Regex(r"[.,;:!?\"'()]")
 
 
 def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu"):
@@ -581,6 +575,7 @@ def pretrain(both, steps, device):
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.2f}")
     both.requires_grad_(False).eval()
+
 
 # =================================================================================================== baselines
 # All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design allows, and inject
