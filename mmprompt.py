@@ -863,6 +863,7 @@ _FREE = {"out", "resume", "seeds", "device", "table", "bench", "quiet"}
 def run(args, seed, folder):
     """One run with one seed.  Returns what results.json holds."""
     args = argparse.Namespace(**vars(args))
+    torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts add up in a fixed order
     stream = load_stream(args, seed)
     T = len(stream)
     model = load_backbone(args, stream)

@@ -820,6 +820,7 @@ def test_same_seed_same_matrix_and_resume_after_a_kill_at_any_epoch(tmp_path, mo
     monkeypatch.setattr(mmprompt, "load_stream", lambda *a: data.Stream((full := load(*a)).tasks[:2], [], full.extra))   # two of eight
     whole = mmprompt.run(args, 0, tmp_path / "whole")["matrix"]
     assert mmprompt.run(args, 0, tmp_path / "again")["matrix"] == whole
+    assert torch.are_deterministic_algorithms_enabled()              # else two threads add gradients of gathered prompts in any order
     real, calls, kills = metrics.Run.checkpoint, [0], iter((2, 7, 9, 10 ** 9))
     limit = [next(kills)]
 
