@@ -908,6 +908,7 @@ def run_one(a, fold, seed, folder, stream):
     """One fold and seed, from the pre-trained backbone to results.json, whose content is returned."""
     device, T = torch.device(a.device), len(stream)
     net, cached = pretrain(a, stream, device)
+    torch.use_deterministic_algorithms(True, warn_only=True)         # two threads, one result
     torch.manual_seed(seed)
     store = Store(stream, a.patterns, device)
     learner = METHODS[a.method](net, store, a).to(device)

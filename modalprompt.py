@@ -870,6 +870,7 @@ def run_args(a):
 
 def run_one(a, folder):
     """One method, one seed: learns the stream and leaves `folder`; returns what results.json holds."""
+    torch.use_deterministic_algorithms(True, warn_only=True)         # two threads, one result
     torch.manual_seed(a.seed)
     stream = instruction_stream(a.data, a.root, a.seed, a.sizes, a.limit).reorder(a.order)
     for task in stream.tasks if a.see != "both" else []:
