@@ -221,7 +221,7 @@ def _share(key, seed):
     return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") / 2 ** 56
 
 
-def _read_json(path, hook=None):
+def read_json(path, hook=None):
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f, object_hook=hook)
@@ -496,16 +496,16 @@ def _vqav2(setting, root, seed, outer="category"):
     category = _coco_categories(root, found)
     karpathy = {}
     if (root / "dataset_coco.json").exists():
-        for image in _read_json(root / "dataset_coco.json")["images"]:
+        for image in read_json(root / "dataset_coco.json")["images"]:
             karpathy[image["cocoid"]] = "train" if image["split"] == "restval" else image["split"]
     compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d else d    # ten dicts -> ten shared strings, while parsing
     parts, dropped = {"train": [], "val": [], "test": []}, Counter()
     for year in found:
         path = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
         try:
-            questions = {q["question_id"]: q["question"] for q in _read_json(path)["questions"]}
+            questions = {q["question_id"]: q["question"] for q in read_json(path)["questions"]}
             path = root / f"v2_mscoco_{year}_annotations.json"
-            rows = _read_json(path, compact)["annotations"]
+            rows = read_json(path, compact)["annotations"]
             for row in rows:
                 number = row["image_id"]
                 kind = vqa_question_type(row["question_type"], questions[row["question_id"]])
@@ -535,7 +535,7 @@ def _coco_categories(root, years):
     names = dict(zip(COCO_IDS, COCO_NAMES))
     if (root / "ImgId_cate_map.json").exists():
         out = {}
-        for key, number in _read_json(root / "ImgId_cate_map.json").items():
+        for key, number in read_json(root / "ImgId_cate_map.json").items():
             _, year, image = key.split("_")
             out[year, int(image)] = names.get(int(number))
         return out
@@ -548,7 +548,7 @@ def _coco_categories(root, years):
                              "one of them gives each picture its category")
         keep = lambda d: (d["image_id"], d["category_id"], d["area"]) if "area" in d else d   # polygons are not needed
         area = Counter()
-        for row in _read_json(path, keep)["annotations"]:
+        for row in read_json(path, keep)["annotations"]:
             area[row[:2]] += row[2]
         for (image, number), _ in sorted(area.items(), key=lambda kv: kv[1]):    # the largest comes last and stays
             out[year, image] = names.get(number)

@@ -705,7 +705,6 @@ class Learner:
     def __init__(self, args, model, method):
         self.args, self.model, self.method = args, model, method
         self.full = args.method in ("finetune", "joint")
-        self.vision = args.train_vision
         device = torch.device(args.device)
         self.amp = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bf16" else nullcontext
 
@@ -717,7 +716,8 @@ class Learner:
         elif self.args.train_decoder:
             self.model.t5.decoder.requires_grad_(True)
             self.model.t5.get_input_embeddings().requires_grad_(False)   # shared with the frozen encoder
-        if self.args.method != "none" and (self.vision == "always" or self.vision == "first" and t == 0):
+        vision = self.args.train_vision
+        if self.args.method != "none" and (vision == "always" or vision == "first" and t == 0):
             self.model.visual.requires_grad_(True)
         if hasattr(self.method, "begin_task"):
             self.method.begin_task(t)
@@ -745,7 +745,8 @@ class Learner:
         with torch.no_grad():
             for k, v in state.items():
                 own[k].copy_(v)
-        self.model.memo.clear()
+        if any(k.startswith("model.visual.") for k in state):        # else every picture would be embedded again each task
+            self.model.memo.clear()
 
     def loss(self, samples, answers):
         """Eq. 11 on a batch."""
@@ -1054,7 +1055,7 @@ def table(args):
     rows = [r for r in TABLES[args.table] if not args.rows or r[0] in args.rows]
     if not rows:
         raise InputError(f"--rows names none of: {', '.join(r[0] for r in TABLES[args.table])}")
-    kept = {(r["row"], r["seed"]): r for r in (data._read_json(out / "table.json")["runs"] if (out / "table.json").exists() else [])}
+    kept = {(r["row"], r["seed"]): r for r in (data.read_json(out / "table.json")["runs"] if (out / "table.json").exists() else [])}
     folder = lambda label, seed: out / re.sub(r"[^\w.-]+", "_", label) / f"seed{seed}"
     for seed in args.seeds:
         for label, flags, _ in rows:
