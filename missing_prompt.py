@@ -923,8 +923,8 @@ def run_one(a, fold, seed, folder, stream):
         torch.set_rng_state(state["rng"][0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"][-1], device)
-    score = lambda t: metrics.affect_scores(predict(learner, rows[t]["test"], t).cpu().numpy(),
-                                            store.y[rows[t]["test"]].cpu().numpy(), store.scoring)
+    score = lambda t: metrics.affect_scores(predict(learner, rows[t][a.split], t).cpu().numpy(),
+                                            store.y[rows[t][a.split]].cpu().numpy(), store.scoring)
     stages = 1 if learner.joint else T
     bar = tqdm(total=stages * a.epochs, initial=min(start, stages) * a.epochs, desc=f"{a.method} seed {seed}",
                leave=False, disable=a.quiet)
@@ -1219,6 +1219,7 @@ def arguments(argv=None):
     add("--lr", type=float, help="Adam's learning rate (value lost); default tuned per method")
     add("--clip", type=float, default=0.8, help="limit of the gradient norm")
     add("--seeds", type=int, nargs="+", default=[0])
+    add("--split", default="test", choices=("test", "val"), help="what is scored; val is to choose settings on")
     add("--device", help="cuda, mps or cpu; default the first there is")
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--smoke", action=yes, default=False, help="a tiny world and two epochs: does everything run?")
