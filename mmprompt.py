@@ -586,12 +586,12 @@ class L2P(nn.Module):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at the input and stay.
     shared=True is L2P*: one pool, one query.  length 2 times k = 5 injects about as many tokens as MM-Prompt."""
 
-    def __init__(self, d_model, pool_sizes, top_k=5, length=2, shared=False, **_):
+    def __init__(self, d_model, pool_sizes, top_k=5, length=2, shared=False, qk_weight=1.0, **_):
         super().__init__()
         sizes = {"Q": pool_sizes["QG"] + pool_sizes["QE"], "V": pool_sizes["VG"] + pool_sizes["VE"]}
         sizes = {"QV": sum(sizes.values())} if shared else sizes
         self.pools = nn.ModuleDict({M: PromptPool(d_model, n, length, top_k) for M, n in sizes.items()})
-        self.layers, self.keep, self.weights = {"G": (0,)}, True, {"qk": 1.0}
+        self.layers, self.keep, self.weights = {"G": (0,)}, True, {"qk": qk_weight}
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
@@ -607,9 +607,9 @@ class L2P(nn.Module):
 class DualPrompt(nn.Module):
     """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its key at test."""
 
-    def __init__(self, d_model, length=8, tasks=10, layers=None, **_):
+    def __init__(self, d_model, length=8, tasks=10, layers=None, qk_weight=1.0, **_):
         super().__init__()
-        self.layers, self.keep, self.weights, self.t = layers, False, {"qk": 1.0}, 0
+        self.layers, self.keep, self.weights, self.t = layers, False, {"qk": qk_weight}, 0
         make = lambda *shape: nn.Parameter(torch.randn(*shape) * 0.02)
         self.pools = nn.ParameterDict({"G": make(2 * length, d_model)})
         for M in "QV":
@@ -692,8 +692,8 @@ def build_method(args, width, tasks):
     make = {"l2p": L2P, "l2p-one-pool": functools.partial(L2P, shared=True), "dualprompt": DualPrompt, "coda": CODAPrompt,
             "maple": MaPLe}.get(args.method)
     if make is L2P or args.method == "l2p-one-pool":
-        return make(width, top_k=args.top_k, pool_sizes=common["pool_sizes"])
-    return make and make(width, tasks=tasks, **common)
+        return make(width, top_k=args.top_k, pool_sizes=common["pool_sizes"], qk_weight=args.qk_weight)
+    return make and make(width, tasks=tasks, qk_weight=args.qk_weight, ortho=args.ortho_weight, **common)
 
 
 # ========================================================================================== train and evaluate
@@ -729,7 +729,9 @@ class Learner:
         # No decay on prompts and keys: it would shrink those that this task never touches.
         groups = [{"params": ps, "lr": rates[k], "weight_decay": 0.0 if k == "pools" else self.args.weight_decay}
                   for k, ps in groups.items() if ps]
-        self.optimizer = torch.optim.AdamW(groups) if groups else None
+        fused = torch.device(self.args.device).type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(groups, fused=fused) if groups else None
+        self.rates = [group["lr"] for group in groups]
 
     def trainable(self):
         """{name: parameter} of everything that learns now."""
@@ -755,8 +757,9 @@ class Learner:
             ce = self.model.loss(hidden, mask, answers)
         return total_loss(ce, out.losses, self.method.weights) if out else ce
 
-    def epoch(self, samples, memory, seed, where, bar):
-        """One pass over the samples in an order, with answers and masks, that depend on `seed` alone."""
+    def epoch(self, samples, memory, seed, where, bar, done=0.0, share=1.0):
+        """One pass over the samples in an order, with answers and masks, that depend on `seed` alone.
+        --schedule linear: learning rates fall to zero over the task; this epoch begins at `done` of it and is `share` of it."""
         rng = random.Random(seed)
         torch.manual_seed(rng.getrandbits(48))
         order = rng.sample(samples, len(samples))
@@ -771,6 +774,9 @@ class Learner:
             if not torch.isfinite(loss):
                 raise InputError(f"the loss is {loss.item()} at {where}, step {step}, lr {self.args.lr:g}; lower --lr, --lr-attention "
                                  "or --lr-backbone")
+            if self.args.schedule == "linear":
+                for group, rate in zip(self.optimizer.param_groups, self.rates):
+                    group["lr"] = rate * (1 - done - share * step / len(starts))
             (loss / self.args.accum).backward()
             if (step + 1) % self.args.accum == 0 or step + 1 == len(starts):
                 nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.args.clip)
@@ -910,7 +916,7 @@ def run(args, seed, folder):
                     learner.optimizer.load_state_dict(state["optimizer"])
                 for epoch in range(state["epoch"] if resumed else 0, args.epochs if learner.optimizer else 0):
                     where = f"task {t + 1}/{T} {part.name[:16]} epoch {epoch + 1}/{args.epochs}"
-                    loss = learner.epoch(part.train, memory, f"{seed} {t} {s} {epoch}", where, bar)
+                    loss = learner.epoch(part.train, memory, f"{seed} {t} {s} {epoch}", where, bar, epoch / args.epochs, 1 / args.epochs)
                     value = learner.evaluate(part.val, args.train_modality)[0] if part.val and args.select == "best" else epoch
                     if best is None or value >= best["value"]:
                         best = {"value": value, "weights": learner.snapshot()}
@@ -1017,7 +1023,8 @@ OURS = (36.223, 0.447)
 ISOLATED = {"use_query": False, "use_intra": False, "use_inter": False}
 TABLES = {
     "1": [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
-          for i, setting in enumerate(SETTINGS) for method in METHODS],
+          for i, setting in enumerate(SETTINGS) for method in METHODS    # DI's eight tasks are CI's: the same run without subtasks
+          if (setting, method) not in (("DI", "none"), ("DI", "joint"))],
     "2": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
           ("CQ", {"setting": "DI", "use_intra": False, "use_inter": False}, (34.990, 0.588)), ("CQ + CR", {"setting": "DI"}, OURS)],
     "3": [(f"{method} memory {m}", {"setting": "DI", "method": method, "memory": m}, paper) for method, m, paper in (
@@ -1041,8 +1048,8 @@ TABLES = {
     "fig4c": [(f"delta {d}", {"setting": "DI", "mask_ratio": d}, OURS if d == 0.05 else None) for d in (0.01, 0.03, 0.05, 0.07, 0.10)],
     "fig4d": [(f"alpha {a}", {"setting": "DI", "alpha": a}, OURS if a == 1.0 else None) for a in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)],
     "fig9": [(f"beta {b}", {"setting": "DI", "beta": b}, OURS if b == 0.3 else None) for b in (0.1, 0.2, 0.3, 0.4, 0.5)],
-    "bounds": [(f"{setting} {label}", {"setting": setting, **flags}, None) for setting in SETTINGS for label, flags in (
-        ("zero-shot", {"method": "none"}), ("joint", {"method": "joint"}), ("fine-tuning", {"method": "finetune"}))] +
+    "bounds": [(f"{setting} {label}", {"setting": setting, "method": method}, None) for setting in SETTINGS for label, method in (
+        ("zero-shot", "none"), ("joint", "joint"), ("fine-tuning", "finetune")) if setting != "DI" or method == "finetune"] +
               [("joint, question only", {"setting": "CI", "method": "joint", "train_modality": "q", "modality": "q"}, None),
                ("joint, picture only", {"setting": "CI", "method": "joint", "train_modality": "v", "modality": "v"}, None)],
 }
@@ -1050,28 +1057,32 @@ TABLES = {
 
 def table(args):
     """Run every row and seed of a table that has no result yet, then print ours beside the paper's.  Call again to continue, from the
-    run folders or from table.json alone; several processes may share one --out with different --seeds."""
-    out = Path(args.out)
+    run folders or from table<N>.json alone; rows with equal flags share their runs; several processes may share one --out
+    with different --seeds."""
+    out, default = Path(args.out), build_parser().get_default
+    file = out / f"table{args.table}.json"
     rows = [r for r in TABLES[args.table] if not args.rows or r[0] in args.rows]
     if not rows:
         raise InputError(f"--rows names none of: {', '.join(r[0] for r in TABLES[args.table])}")
-    kept = {(r["row"], r["seed"]): r for r in (data.read_json(out / "table.json")["runs"] if (out / "table.json").exists() else [])}
-    folder = lambda label, seed: out / re.sub(r"[^\w.-]+", "_", label) / f"seed{seed}"
+    kept = {(r["row"], r["seed"]): r for r in (data.read_json(file)["runs"] if file.exists() else [])}
+    slug = lambda flags: re.sub(r"[^\w.-]+", "-", " ".join(f"{k} {v}" for k, v in flags.items() if v != default(k))).strip("-")
+    folder = lambda flags, seed: out / "runs" / (slug(flags) or "defaults") / f"seed{seed}"
     for seed in args.seeds:
         for label, flags, _ in rows:
-            if (label, seed) in kept or (folder(label, seed) / "results.json").exists():
+            where = folder(flags, seed)
+            if (label, seed) in kept or (where / "results.json").exists():
                 continue
             one = argparse.Namespace(**{**vars(args), "resume": True, "quiet": True})
             for k, v in {**method_defaults(flags.get("method", one.method)), **flags}.items():
                 if k in flags or getattr(args, k) is None:
                     setattr(one, k, v)
-            result = run(one, seed, folder(label, seed))
-            (folder(label, seed) / "checkpoint.pt").unlink(missing_ok=True)
+            result = run(one, seed, where)
+            (where / "checkpoint.pt").unlink(missing_ok=True)
             tqdm.write(f"{label} seed {seed}: A {result['metrics']['A']:.2f} F {result['metrics']['F_inter']:.2f} "
                        f"{result['minutes']:.1f} min")
     for label, flags, _ in TABLES[args.table]:
-        for file in sorted(folder(label, 0).parent.glob("seed*/results.json")):
-            r = json.loads(file.read_text())
+        for done in sorted(folder(flags, 0).parent.glob("seed*/results.json")):
+            r = json.loads(done.read_text())
             kept[label, r["args"]["seed"]] = {"row": label, "seed": r["args"]["seed"], "metrics": r["metrics"], "matrix": r["matrix"],
                                               "minutes": r["minutes"], "flags": flags, "commit": r["environment"]["commit"],
                                               "hardware": r["environment"]["hardware"]}
@@ -1085,9 +1096,9 @@ def table(args):
     runs = [kept[k] for k in sorted(kept)]
     lines += ["", f"Mean ± standard deviation over seeds; commits {', '.join(sorted({r['commit'] for r in runs}))}; "
               f"{', '.join(sorted({r['hardware'] for r in runs}))}."] + compare(runs)
-    with metrics.atomic(out / "table.md") as f:
+    with metrics.atomic(file.with_suffix(".md")) as f:
         f.write("\n".join(lines) + "\n")
-    with metrics.atomic(out / "table.json") as f:
+    with metrics.atomic(file) as f:
         json.dump({"table": args.table, "runs": runs}, f)
     print("\n".join(lines))
 
@@ -1200,8 +1211,9 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
 def method_defaults(method):
     """Learning rates and epochs per method, each chosen with the same small search on a seed that is not reported (README)."""
     lr = {"coda": 1.5e-2}.get(method, 2e-3)
-    return {"lr": lr, "lr_attention": lr / 10, "lr_backbone": {"joint": 3e-4, "finetune": 5e-4}.get(method, 1e-4),
-            "epochs": 12 if method == "joint" else 2}
+    joint = method == "joint"
+    return {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if method in ("joint", "finetune") else 1e-4,
+            "epochs": 16 if joint else 2, "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant"}
 
 
 def build_parser():
@@ -1217,7 +1229,7 @@ def build_parser():
     g.add_argument("--rows", nargs="+", help="with --table: only these rows, by label")
     g.add_argument("--bench", action="store_true", help="time, memory and parameters at T5-base shapes")
     g.add_argument("--smoke", action="store_true", help="everything tiny: does it run?")
-    g.add_argument("--out", help="run folder (default runs/mmprompt_<setting>_<method>, for tables runs/mmprompt_table<N>)")
+    g.add_argument("--out", help="run folder (default runs/mmprompt_<setting>_<method>, for tables runs/mmprompt_tables)")
     g.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
     g.add_argument("--quiet", action="store_true", help="print the last line only")
     g = p.add_argument_group("data and backbone")
@@ -1241,7 +1253,8 @@ def build_parser():
     g.add_argument("--mask-ratio", type=float, default=0.05, help="delta of Eq. 4")
     g.add_argument("--alpha", type=float, default=1.0, help="alpha of Eq. 11, weight of L_inter")
     g.add_argument("--beta", type=float, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=float, default=1.0, help="weight of L_qk (official code: 0.05)")
+    g.add_argument("--qk-weight", type=float, default=1.0, help="weight of L_qk, in L2P and DualPrompt too (official code: 0.05)")
+    g.add_argument("--ortho-weight", type=float, default=0.1, help="CODA-Prompt's weight of orthogonality")
     g.add_argument("--temperature", type=float, default=1.0, help="of the softmax in Eq. 3")
     g.add_argument("--heads", type=int, default=8, help="attention heads of A")
     g.add_argument("--layers-g", type=int, nargs="+", default=[1, 2], help="encoder blocks with G prompts, from 0")
@@ -1258,13 +1271,15 @@ def build_parser():
     g.add_argument("--modality", default="joint", choices=["joint", "v", "q"], help="what the encoder sees at test (Eq. 12-13)")
     g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="what it sees in training (blind bounds)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, help="per task, or per subtask in DI (default 2; joint 12)")
-    g.add_argument("--batch", type=int, default=25)
+    g.add_argument("--epochs", type=int, help="per task, or per subtask in DI (default 2; joint 16)")
+    g.add_argument("--batch", type=int, help="samples a step (default 25; joint 50)")
     g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--eval-batch", type=int, default=200)
     g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3, coda 1.5e-2)")
     g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr's)")
-    g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 3e-4 joint, 5e-4 finetune, else 1e-4)")
+    g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 5e-4 joint and finetune, else 1e-4)")
+    g.add_argument("--schedule", choices=["constant", "linear"], help="of the learning rates within a task (default constant, as the "
+                   "official VQA v2 code after its warm-up; joint: linear to zero)")
     g.add_argument("--weight-decay", type=float, default=0.01, help="of attention modules and backbone; prompts and keys have none")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--select", default="best", choices=["best", "last"], help="epoch with the best validation score (the later of equals), or the last")
@@ -1282,7 +1297,7 @@ def main():
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
     if args.bench:
         return bench(args)
-    args.out = args.out or (f"runs/mmprompt_table{args.table}" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
+    args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
     if args.table:
         return table(args)
     for k, v in method_defaults(args.method).items():
