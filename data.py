@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -214,6 +215,11 @@ def open_picture(path):
         raise InputError(f"picture {path} is missing; put it there or remove its questions")
     except Exception as e:                                           # Pillow raises many kinds for a damaged file
         raise InputError(f"picture {path} cannot be read ({e}); replace the file or remove its questions")
+
+
+def cache_folder():
+    """Where small backbones and picture features are kept: $MMPROMPTS_CACHE, else ~/.cache/multimodal-prompts."""
+    return Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
 
 
 def _share(key, seed):

@@ -26,7 +26,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
-from data import MODALITIES, InputError, affect_stream, pattern_name
+from data import MODALITIES, InputError, affect_stream, cache_folder, pattern_name
 from metrics import Run, atomic, run_cli
 
 # ------------------------------------------------------------------------------- the paper: patterns, prompts, losses
@@ -807,8 +806,7 @@ def pretrain(a, stream, device):
     sha = hashlib.sha256(json.dumps([what, stream.extra["version"], stream.extra["scoring"]], sort_keys=True).encode())
     for x in (*train.features.values(), train.label):
         sha.update(np.ascontiguousarray(x[train.rows]).tobytes())
-    folder = Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
-    path = folder / f"affect-{a.backbone}-{sha.hexdigest()[:16]}.safetensors"
+    path = cache_folder() / f"affect-{a.backbone}-{sha.hexdigest()[:16]}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)                                         # one backbone for all seeds and methods
         net = make_backbone(a, stream).to(device)

@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import time
@@ -461,9 +460,8 @@ def grid_features(name, root, device, cells=6):
 
 
 def cache_file(kind, key, suffix):
-    """A path in the cache folder ($MMPROMPTS_CACHE, else ~/.cache/multimodal-prompts) that depends on the whole key."""
-    folder = Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
-    return folder / f"{kind}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}{suffix}"
+    """A path in the cache folder that depends on the whole key."""
+    return data.cache_folder() / f"{kind}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}{suffix}"
 
 
 def from_pretrained(cls, name, flag, **more):
@@ -905,12 +903,11 @@ def run(args, seed, folder):
                 bar.update(sum(math.ceil(len(p.train) / args.batch) for p in parts) * args.epochs)
                 continue
             memory = buffer(args.memory, stream.tasks[:t], seed)
-            learner.begin(t)                                         # also where every subtask was done before a kill
             for s, part in enumerate(parts):
-                resumed = t == state["t"] and s == state["s"]
-                if t == state["t"] and s < state["s"]:
-                    continue
                 learner.begin(t)
+                resumed = t == state["t"] and s == state["s"]
+                if t == state["t"] and s < state["s"]:               # learned before a kill
+                    continue
                 best = state["best"] if resumed else None
                 if resumed and state["optimizer"]:
                     learner.optimizer.load_state_dict(state["optimizer"])

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
-from data import (MINI_COIN, MINI_WORD, InputError, instruction_stream, mini_coin_upstream, mini_coin_words,
+from data import (MINI_COIN, MINI_WORD, InputError, cache_folder, instruction_stream, mini_coin_upstream, mini_coin_words,
                   picture_problem, sample_picture)
 from metrics import Run, atomic, run_cli, score_instruction
 
@@ -363,10 +363,6 @@ class VLM:
 MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=3000, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
-
-
-def cache_folder():
-    return Path(os.environ.get("MMPROMPTS_CACHE", "~/.cache/multimodal-prompts")).expanduser()
 
 
 def _quiet():

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -860,6 +861,45 @@ def test_accumulation_is_one_large_batch_and_bf16_runs(tmp_path, monkeypatch):
     torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-4)
     result = mmprompt.run(short(monkeypatch, setting="CI", dtype="bf16"), 0, tmp_path)
     assert math.isfinite(result["metrics"]["A"])
+
+
+def test_linear_schedule_falls_to_zero_over_a_task(monkeypatch):
+    learner = mmprompt.Learner(arguments("mmprompt", batch=3, schedule="linear"), tiny_model(), mmprompt.build_method(arguments("mmprompt"), 16, 2))
+    learner.begin(0)
+    first, rates, step = learner.optimizer.param_groups[0]["lr"], [], learner.optimizer.step
+    monkeypatch.setattr(learner.optimizer, "step", lambda: (rates.append(learner.optimizer.param_groups[0]["lr"]), step()))
+    bar = Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
+    for epoch in (0, 1):
+        learner.epoch(asked(6), [], "0", "here", bar, epoch / 2, 1 / 2)
+    assert rates == pytest.approx([first, first * 3 / 4, first * 2 / 4, first / 4])
+
+
+def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypatch, capsys):
+    """Two tables of the paper have rows with the same flags: one run serves both.  A lost run folder is covered by the table's JSON."""
+    calls, args = [], mmprompt.build_parser().parse_args(["--table", "2", "--seeds", "0", "1", "--out", str(tmp_path), "--device", "cpu"])
+
+    def fake(args, seed, folder):
+        calls.append((args.use_query, args.use_inter, args.batch, seed))
+        values = {"A": 50 + seed + args.use_query, "F_inter": 1.0, "F_intra": 2.0, "merge_effectiveness": 3.0}
+        result = {"metrics": values, "matrix": [[1.0]], "minutes": 0.1, "args": {"seed": seed}, "environment": {"commit": "x", "hardware": "y"}}
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(result))
+        return result
+    monkeypatch.setattr(mmprompt, "run", fake)
+    mmprompt.table(args)
+    assert len(calls) == 6 and {c[2] for c in calls} == {25}
+    args.table = "10"
+    mmprompt.table(args)
+    assert len(calls) == 6 + 2 * 2                                   # "no recovery" is CQ, "intra + inter" is CQ + CR
+    shutil.rmtree(tmp_path / "runs")
+    args.table, args.seeds = "2", [0, 1, 2]
+    mmprompt.table(args)
+    assert len(calls) == 13 and {c[3] for c in calls[10:]} == {2}
+    text = (tmp_path / "table2.md").read_text()
+    assert "| CQ + CR | 3 | 52.00 ± 1.00 |" in text and "CQ + CR minus isolated prompts: A +1.00 ± 0.00 (p 0.250)" in text
+    args.rows = ["no such row"]
+    with pytest.raises(InputError, match="--rows names none of: isolated prompts, CQ, CQ"):
+        mmprompt.table(args)
 
 
 def test_checkpoint_of_other_arguments_is_refused(tmp_path, monkeypatch):
