@@ -1207,7 +1207,7 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
 
 def method_defaults(method):
     """Learning rates and epochs per method, each chosen with the same small search on a seed that is not reported (README)."""
-    lr = {"coda": 1.5e-2}.get(method, 2e-3)
+    lr = {"coda": 1.5e-2, "l2p-one-pool": 5e-4}.get(method, 2e-3)
     joint = method == "joint"
     return {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if method in ("joint", "finetune") else 1e-4,
             "epochs": 16 if joint else 2, "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant"}
@@ -1272,7 +1272,7 @@ def build_parser():
     g.add_argument("--batch", type=int, help="samples a step (default 25; joint 50)")
     g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--eval-batch", type=int, default=200)
-    g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3, coda 1.5e-2)")
+    g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3; coda 1.5e-2, l2p-one-pool 5e-4)")
     g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr's)")
     g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 5e-4 joint and finetune, else 1e-4)")
     g.add_argument("--schedule", choices=["constant", "linear"], help="of the learning rates within a task (default constant, as the "
