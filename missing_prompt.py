@@ -353,7 +353,7 @@ class Store:
 
 class Finetune(nn.Module):
     """Sequential fine-tuning of everything: the paper's lower bound, and the base of all other methods."""
-    frozen, joint, lr, weight, buffered = False, False, 1e-3, 0.0, False
+    frozen, joint, lr, weight, buffered = False, False, 3.3e-4, 0.0, False
 
     def __init__(self, net, store, a):
         super().__init__()
@@ -400,7 +400,7 @@ class Finetune(nn.Module):
 
 class Joint(Finetune):
     """Upper bound: everything is trained on all tasks mixed, i.i.d."""
-    joint = True
+    joint, lr = True, 1e-3
 
 
 class Frozen(Finetune):
@@ -410,7 +410,7 @@ class Frozen(Finetune):
 
 class Ours(Finetune):
     """The paper's method: frozen backbone, three kinds of prompts, contrastive task interaction."""
-    frozen, lr, weight = True, 1e-2, 0.1
+    frozen, lr, weight = True, 3e-2, 0.1
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -448,7 +448,7 @@ class JointOurs(Ours):
 
 class ER(Finetune):
     """Experience replay (Chaudhry et al. 2019b): a reservoir of past samples, a second batch from it in every step."""
-    buffered = True
+    buffered, lr = True, 1e-3
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -534,7 +534,7 @@ class ICaRL(Finetune):
 
     Its nearest-mean classifier has no meaning for a sentiment score; prediction stays the head's.
     """
-    buffered, weight = True, 1.0
+    buffered, lr, weight = True, 3e-3, 1.0
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -587,7 +587,7 @@ def herd(feature, k):
 
 class EWC(Finetune):
     """EWC, online form (Kirkpatrick et al. 2017): stay near the last task's weights where they mattered to any task."""
-    weight = 100.0
+    lr, weight = 1e-3, 1000.0
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -613,7 +613,7 @@ class EWC(Finetune):
 
 class LwF(Finetune):
     """LwF (Li and Hoiem 2017): on the new task's inputs, keep the outputs that the model gave before the task."""
-    weight = 1.0
+    weight = 0.1
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -662,7 +662,7 @@ class Prompted(Finetune):
 
 class L2P(Prompted):
     """L2P (Wang et al. 2022c): 10 prompts of length 5; the 5 whose keys are nearest to the query go into layers 1-3."""
-    weight = 0.1
+    lr, weight = 3.3e-3, 0.01
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -715,6 +715,7 @@ class DualPrompt(Prompted):
 class SPrompts(Prompted):
     """S-Prompts (Wang et al. 2022a): prompts learned for each task alone; at test the nearest of 5 k-means centres per
     task says which."""
+    lr = 3e-2
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
@@ -748,6 +749,7 @@ def kmeans(x, k, steps=10):
 class MPLMM(Prompted):
     """MPLMM (Guo et al. 2024c) on this backbone: generative prompts make up the missing modality from those at hand,
     signal prompts say for each modality whether it is real, missing-type prompts enter the fusion layers."""
+    lr = 3e-2
 
     def __init__(self, net, store, a):
         super().__init__(net, store, a)
