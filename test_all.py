@@ -1692,6 +1692,11 @@ def test_missing_run_leaves_everything_and_prompts_load_again(tmp_path):
         output = net(net.embed(store.batch(rows, t).x), prompts.attach(t))
     assert metrics.affect_scores(output.numpy(), stream.extra["label"][rows])["accuracy"] == pytest.approx(r["matrix"][-1][-1])
     assert r["final"]["avl"]["accuracy"] == pytest.approx(r["matrix"][-1][-1])
+    a, rows = missing_args("--method", "none", "--split", "val"), torch.as_tensor(stream.tasks[0].val.rows)     # to choose settings on
+    with torch.no_grad():
+        output = net(net.embed(store.batch(rows, t).x))
+    want = metrics.affect_scores(output.numpy(), stream.extra["label"][rows])["accuracy"]
+    assert mp.run_one(a, 0, 0, tmp_path / "val", stream)["final"]["avl"]["accuracy"] == pytest.approx(want)
 
 
 def test_missing_joint_sees_all_tasks_and_nonfinite_loss_stops(tmp_path, monkeypatch):
