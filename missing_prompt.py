@@ -1060,8 +1060,11 @@ def run_table(a, folder):
     """Every row x fold x seed of one table, a folder per run; finished ones are read, not run.  table<N>.json and .md
     are rewritten after every run, so that stopping in the middle leaves a table that says "not run"."""
     title, reference, rows = TABLES[a.table]
-    done = {label: {} for label, *_ in rows}
-    bar = tqdm(total=len(rows) * len(a.folds) * len(a.seeds), desc=f"table {a.table}")
+    done, text = {label: {} for label, *_ in rows}, ""
+    asked = [label for label in done if not a.rows or label in a.rows]
+    if len(asked) < len({*(a.rows or ())}):
+        raise InputError(f"--rows of table {a.table} are: {', '.join(done)}")
+    bar = tqdm(total=len(asked) * len(a.folds) * len(a.seeds), desc=f"table {a.table}")
     for seed, fold in itertools.product(a.seeds, a.folds):
         stream = make_stream(a, fold, seed)
         for label, changes, *_ in rows:
@@ -1071,10 +1074,12 @@ def run_table(a, folder):
             args = metrics.jsonable(settings(b, fold, seed))
             digest = hashlib.sha256(json.dumps(args).encode()).hexdigest()[:10]         # tables share their common rows
             where = folder / "runs" / f"{b.method}-fold{fold}-seed{seed}-{digest}"
-            result = finished(where, args) or run_one(b, fold, seed, where, stream)
+            result = finished(where, args) or (label in asked and run_one(b, fold, seed, where, stream))
+            if not result:
+                continue
             (where / "checkpoint.pt").unlink(missing_ok=True)
             done[label][fold, seed] = result
-            bar.update()
+            bar.update(label in asked)
             bar.set_postfix_str(f"{label}, seed {seed}: AA {result['metrics']['AA']:.1f}")
             text = write_table(a, folder, done)
     bar.close()
@@ -1168,7 +1173,7 @@ SMOKE_WORLD = {"train": 64, "val": 64, "test": 96, "upstream": 256, "upstream_va
 
 def settings(a, fold, seed):
     """What decides the outcome of a run, as a flat dict."""
-    skip = {"folds", "seeds", "out", "resume", "quiet", "table", "bench", "patterns"}
+    skip = {"folds", "seeds", "out", "resume", "quiet", "table", "rows", "bench", "patterns"}
     return {**{k: v for k, v in sorted(vars(a).items()) if k not in skip}, "fold": fold, "seed": seed}
 
 
@@ -1227,6 +1232,7 @@ def arguments(argv=None):
     add("--out", help="folder of the run; default runs/missing_prompt-<method>")
     add("--table", choices=list(TABLES),
         help="run every row of that table of the paper, print it beside the paper's numbers")
+    add("--rows", nargs="+", help="with --table: only these rows, by label; finished others are shown too")
     add("--bench", action=yes, default=False,
         help="time, memory and parameters against the frozen backbone without prompts")
     return p.parse_args(argv)

@@ -1729,6 +1729,13 @@ def test_missing_table_continues_and_says_not_run(tmp_path, monkeypatch):
     assert "not run" in (tmp_path / "table4.md").read_text()
     counted = []
     monkeypatch.setattr(mp, "run_one", lambda *x: counted.append(1) or real(*x))
+    a.rows = ["without L_con"]                                       # done already: shown, nothing to run
+    mp.run_table(a, tmp_path)
+    assert not counted and "not run" in (tmp_path / "table4.md").read_text()
+    a.rows = ["no such row"]
+    with pytest.raises(InputError, match="--rows of table 4 are: without L_con, default"):
+        mp.run_table(a, tmp_path)
+    a.rows = None
     mp.run_table(a, tmp_path)
     text = (tmp_path / "table4.md").read_text()
     assert len(counted) == 1 and "not run" not in text and "70.91" in text and "1/1" in text
