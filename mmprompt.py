@@ -719,6 +719,8 @@ class Learner:
             self.model.visual.requires_grad_(True)
         if hasattr(self.method, "begin_task"):
             self.method.begin_task(t)
+        if self.args.freeze_query and self.args.method == "mmprompt":
+            self.method.query.requires_grad_(t == 0)
         rates = {"pools": self.args.lr, "attention": self.args.lr_attention, "backbone": self.args.lr_backbone}
         groups = {k: [] for k in rates}
         for name, p in self.trainable().items():
@@ -1024,6 +1026,10 @@ TABLES = {
           if (setting, method) not in (("DI", "none"), ("DI", "joint"))],
     "2": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
           ("CQ", {"setting": "DI", "use_intra": False, "use_inter": False}, (34.990, 0.588)), ("CQ + CR", {"setting": "DI"}, OURS)],
+    "query": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
+              ("CQ", {"setting": "DI", "use_intra": False, "use_inter": False}, (34.990, 0.588)),
+              ("CQ learned in task 1 only", {"setting": "DI", "use_intra": False, "use_inter": False, "freeze_query": True}, None),
+              ("CQ + CR", {"setting": "DI"}, OURS), ("CQ learned in task 1 only + CR", {"setting": "DI", "freeze_query": True}, None)],
     "3": [(f"{method} memory {m}", {"setting": "DI", "method": method, "memory": m}, paper) for method, m, paper in (
         ("dualprompt", 500, (27.641, 3.765)), ("coda", 500, (30.632, 2.471)), ("maple", 500, (30.049, 3.112)),
         ("mmprompt", 500, (32.394, 2.259)), ("mmprompt", 200, (29.945, 3.112)), ("mmprompt", 1000, (34.268, 2.427)))],
@@ -1258,6 +1264,8 @@ def build_parser():
     g.add_argument("--layers-e", type=int, nargs="+", default=[3, 4, 5], help="encoder blocks with E prompts, from 0")
     g.add_argument("--keep-prompts", default=False, help="leave prompts in the sequence after their block (official code)", **yes_no)
     g.add_argument("--use-query", default=True, help="CQ of Table 2 (Eq. 1)", **yes_no)
+    g.add_argument("--freeze-query", default=False, help="Eq. 1 learns in the first task only: old questions keep their prompts (README)",
+                   **yes_no)
     g.add_argument("--use-intra", default=True, help="intra recovery of Table 10 (Eq. 5-6)", **yes_no)
     g.add_argument("--use-inter", default=True, help="inter recovery of Table 10 (Eq. 7-10)", **yes_no)
     g.add_argument("--query-fusion", default="query", choices=CrossModalQuery.FUSIONS, help="Table 12")

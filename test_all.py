@@ -863,6 +863,17 @@ def test_accumulation_is_one_large_batch_and_bf16_runs(tmp_path, monkeypatch):
     assert math.isfinite(result["metrics"]["A"])
 
 
+def test_freeze_query_stops_eq_1_after_the_first_task():
+    learner = mmprompt.Learner(arguments("mmprompt", freeze_query=True), tiny_model(), mmprompt.build_method(arguments("mmprompt"), 16, 2))
+    bar = Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
+    for t in (0, 1):
+        learner.begin(t)
+        before = {k: p.detach().clone() for k, p in learner.method.named_parameters()}
+        learner.epoch(asked(6), [], "0", "here", bar)
+        moved = {k for k, p in learner.method.named_parameters() if not torch.equal(p, before[k])}
+        assert any(k.startswith("query.") for k in moved) == (t == 0) and any(k.startswith("pools.") for k in moved)
+
+
 def test_linear_schedule_falls_to_zero_over_a_task(monkeypatch):
     learner = mmprompt.Learner(arguments("mmprompt", batch=3, schedule="linear"), tiny_model(), mmprompt.build_method(arguments("mmprompt"), 16, 2))
     learner.begin(0)
