@@ -940,7 +940,7 @@ def run(args, seed, folder):
     finally:
         bar.close()
     if args.method == "joint":                                       # one training, one evaluation: every row is the last
-        A = np.where(np.tri(T, dtype=bool), A[-1], np.nan)
+        A = np.where(np.tri(T) == 1, A[-1], np.nan)
     return finish(args, seed, stream, learner, record, A, intra, trainable, total - trainable, say, row, counts)
 
 
@@ -1025,16 +1025,17 @@ PAPER_1 = {"l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)), "l2p-one
            "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)), "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
            "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)), "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
 OURS = (36.223, 0.447)
-ISOLATED = {"use_query": False, "use_intra": False, "use_inter": False}
+NO_RECOVERY = {"use_intra": False, "use_inter": False}
+ISOLATED = {"use_query": False, **NO_RECOVERY}
 TABLES = {
     "1": [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
           for i, setting in enumerate(SETTINGS) for method in METHODS    # DI's eight tasks are CI's; joint training has no tasks
           if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))],
     "2": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
-          ("CQ", {"setting": "DI", "use_intra": False, "use_inter": False}, (34.990, 0.588)), ("CQ + CR", {"setting": "DI"}, OURS)],
+          ("CQ", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)), ("CQ + CR", {"setting": "DI"}, OURS)],
     "query": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
-              ("CQ", {"setting": "DI", "use_intra": False, "use_inter": False}, (34.990, 0.588)),
-              ("CQ learned in task 1 only", {"setting": "DI", "use_intra": False, "use_inter": False, "freeze_query": True}, None),
+              ("CQ", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)),
+              ("CQ learned in task 1 only", {"setting": "DI", **NO_RECOVERY, "freeze_query": True}, None),
               ("CQ + CR", {"setting": "DI"}, OURS), ("CQ learned in task 1 only + CR", {"setting": "DI", "freeze_query": True}, None)],
     "3": [(f"{method} memory {m}", {"setting": "DI", "method": method, "memory": m}, paper) for method, m, paper in (
         ("dualprompt", 500, (27.641, 3.765)), ("coda", 500, (30.632, 2.471)), ("maple", 500, (30.049, 3.112)),
@@ -1042,7 +1043,7 @@ TABLES = {
     "9": [(" ".join(map(str, sizes)), {"setting": "DI", "pool_sizes": sizes}, paper) for sizes, paper in (
         ([10, 80, 10, 80], (35.79, 0.914)), ([50, 50, 50, 50], (35.168, 1.268)), ([40, 60, 80, 120], OURS),
         ([60, 80, 100, 140], (34.851, 0.985)))],
-    "10": [("no recovery", {"setting": "DI", "use_intra": False, "use_inter": False}, (34.990, 0.588)),
+    "10": [("no recovery", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)),
            ("intra", {"setting": "DI", "use_inter": False}, (35.150, 1.140)),
            ("inter", {"setting": "DI", "use_intra": False}, (35.318, 1.071)), ("intra + inter", {"setting": "DI"}, OURS)],
     "11": [("no loss", {"setting": "DI", "alpha": 0.0, "beta": 0.0}, (34.260, 1.871)),
