@@ -1072,8 +1072,8 @@ def table(args):
     out, default = Path(args.out), build_parser().get_default
     file = out / f"table{args.table}.json"
     rows = [r for r in TABLES[args.table] if not args.rows or r[0] in args.rows]
-    if not rows:
-        raise InputError(f"--rows names none of: {', '.join(r[0] for r in TABLES[args.table])}")
+    if len(rows) < len({*(args.rows or ())}):
+        raise InputError(f"--rows of table {args.table} are: {', '.join(r[0] for r in TABLES[args.table])}")
     kept = {(r["row"], r["seed"]): r for r in (data.read_json(file)["runs"] if file.exists() else [])}
     slug = lambda flags: re.sub(r"[^\w.-]+", "-", " ".join(f"{k} {v}" for k, v in flags.items() if v != default(k))).strip("-")
     folder = lambda flags, seed: out / "runs" / (slug(flags) or "defaults") / f"seed{seed}"

@@ -995,10 +995,12 @@ def run_table(a, out):
     Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again, so a stopped table goes on where it
     was.  Tables share their runs.  --no-run prints what is there.  Raises InputError for runs of other arguments."""
     names, seeds = TABLES[a.table], a.seeds
+    if {*(a.rows or ())} - {*names}:
+        raise InputError(f"--rows of table {a.table} are: {', '.join(names)}")
     place = lambda name, seed: out / name.replace(" ", "-") / f"seed{seed}"
     todo = []
     for seed in seeds:
-        for name in names:
+        for name in a.rows or names:
             one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
             one.lr = a.lr if a.given_lr else default_lr(one)
             old = finished(place(name, seed))
@@ -1245,6 +1247,7 @@ def parser():
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen models; prompts stay fp32")
     flag("--checkpointing", default=False, help="gradient checkpointing: less memory, slower steps")
     p.add_argument("--table", choices=[*TABLES, "6"], help="re-runs this table or figure of the paper and prints both")
+    p.add_argument("--rows", nargs="+", help="with --table: run only these rows, by label; finished others are shown too")
     flag("--run", default=True, help="with --table: without it only finished runs are shown")
     flag("--bench", default=False, help="parameters, memory, times of --method; --backbone 7b: at LLaVA-1.5-7B shapes")
     p.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")

@@ -908,8 +908,8 @@ def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypa
     assert len(calls) == 13 and {c[3] for c in calls[10:]} == {2}
     text = (tmp_path / "table2.md").read_text()
     assert "| CQ + CR | 3 | 52.00 ± 1.00 |" in text and "CQ + CR minus isolated prompts: A +1.00 ± 0.00 (p 0.250)" in text
-    args.rows = ["no such row"]
-    with pytest.raises(InputError, match="--rows names none of: isolated prompts, CQ, CQ"):
+    args.rows = ["CQ", "no such row"]
+    with pytest.raises(InputError, match="--rows of table 2 are: isolated prompts, CQ, CQ"):
         mmprompt.table(args)
 
 
