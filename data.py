@@ -1133,11 +1133,11 @@ def _cover_picture(rng):
 
 
 def _scene_picture(rng):
-    """Three to six objects in the cells.  facts["objects"]: (shape, colour, column, row)."""
+    """Two to five objects in the cells.  facts["objects"]: (shape, colour, column, row)."""
     image, draw, background = _canvas(rng)
     few = rng.sample(_SHAPES[:10], 4)                                # some shapes repeat: questions ask about the others
     objects = []
-    for cell in rng.sample(range(9), rng.randint(3, 6)):
+    for cell in rng.sample(range(9), rng.randint(2, 5)):
         shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
         x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (cell % 3, cell // 3))
         _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
@@ -1163,7 +1163,7 @@ def _scene_facts(objects):
     facts = {"colour": [], "count": [], "locate": [], **{side: [] for side in _SIDES}}
     for shape, colour, column, row in objects:
         if shapes.count(shape) == 1:
-            facts["locate"].append((f"{colour} {shape}", box_text(column, row)))
+            facts["locate"].append((shape, box_text(column, row)))
             facts["colour"].append((shape, colour))
             for side, (dx, dy) in _SIDES.items():
                 if (column + dx, row + dy) in at:
@@ -1223,7 +1223,7 @@ def mini_coin_sample(task, rng):
             break
     argument, answer = rng.choice(facts[skill])
     if task == "REC":
-        return image, BOX.format(argument), "", answer
+        return image, BOX.format(f"the {argument}"), "", answer
     if task == "VQAv2":
         question = f"What is the colour of the {argument}?" if skill == "colour" else "How many things are there?"
         return image, question, WORD, answer
@@ -1240,6 +1240,7 @@ def _labels(kind, facts):
     def number(x, y, **labels):
         for name, value in labels.items():
             cells[3 * y + x][{"shape": 0, "colour": 1, "word": 8}[name]] = value + 1
+        cells[3 * y + x][6:8] = x + 1, y + 1
 
     colour = list(_COLOURS).index
     if kind in ("diagram", "photo"):
@@ -1265,16 +1266,18 @@ def mini_coin_upstream(rng):
     terse skill words instead of the stream's sentences and instructions; sentence is the answer in full, given unless the
     skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
     """
-    kind = rng.choice(("diagram", "photo", "sign", "cover", "scene", "scene", "scene", "scene", "text", "blur"))
+    kind = rng.choice(("diagram", "photo", "sign", "cover", "text", "blur", *("scene",) * 6))
     image, say, facts = None, [], {}
     if kind in ("diagram", "photo"):
         image, facts = _object_picture(rng, kind)
         caption = f"a {kind} of a {facts['colour']} {facts['shape']}"
-        say = [("name", "", facts["shape"], "it shows a {}"), ("colour", "", facts["colour"], "the colour is {}")]
+        say = [("name", "", facts["shape"], "it shows a {}"), ("colour", "", facts["colour"], "the colour is {}"),
+               ("locate", "", box_text(*facts["cell"]), "it is at {}")]
     elif kind == "sign":
         image, facts = _sign_picture(rng)
         caption = f"a {facts['colour']} sign with {facts['word']}"
-        say = [("read", "", facts["word"], "the text says {}"), ("colour", "", facts["colour"], "the colour is {}")]
+        say = [("read", "", facts["word"], "the text says {}"), ("colour", "", facts["colour"], "the colour is {}"),
+               ("locate", "", box_text(*facts["cell"]), "it is at {}")]
     elif kind == "cover":
         image, facts = _cover_picture(rng)
         caption = f"a {facts['colour']} cover with {facts['title']} and {facts['author']} and {facts['genre']}"

@@ -360,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=1000, steps=3000, clip_steps=400, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=800, steps=2500, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
@@ -472,7 +472,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         lines, answers = [], []
         for row in rows.tolist():                                        # several questions on one picture
             line, mine = [1], [0]
-            asked = rng.sample(pool[row][1], min(3, len(pool[row][1])))
+            asked = rng.sample(pool[row][1], min(4, len(pool[row][1])))
             for i, (skill, text, answer, sentence) in enumerate(asked):
                 image = "<image>" * n_image if i == 0 and pool[row][0] is not None else ""
                 if rng.random() < 0.5:
@@ -813,8 +813,7 @@ def learn_task(vlm, method, samples, features, a, t, start=(0, None), after_epoc
                 prefix, extra = method(x_v, x_t)
                 nll, _ = vlm.loss([samples[r] for r in part], prefix, method.deep)
                 # L_Total = L_Proto + L_LMM                                                                  Eq. 7
-                loss = nll / n_tokens + sum(w * x for x, w in ((x, a.proto_weight if k == "proto" else 1.0)
-                                                               for k, x in extra.items())) * (len(part) / len(rows))
+                loss = nll / n_tokens + a.own_weight * sum(extra.values()) * (len(part) / len(rows))
                 if not torch.isfinite(loss):
                     raise InputError(f"the loss is not finite at task {t + 1}, step {step + 1}, learning rate "
                                      f"{opt.param_groups[0]['lr']:.2g}: use a smaller --lr (or --dtype fp32)")
@@ -858,7 +857,7 @@ def summary(A):
 def run_args(a):
     """The arguments that decide a run's outcome, for results.json, --resume and --table."""
     keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector "
-            "proto_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
+            "own_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
             "see max_new_tokens smoke")
     args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
     return {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}
@@ -1227,7 +1226,8 @@ def parser():
     p.add_argument("--lam", type=float, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text only")
     flag("--fusion", default=True, help="Eq. 4: earlier sets in front while training")
     flag("--selection", default=True, help="Eq. 8: top-k at test; without it all sets")
-    p.add_argument("--proto-weight", type=float, default=1.0, help="weight of L_Proto in Eq. 7")
+    p.add_argument("--own-weight", type=float, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' own "
+                   "losses (L2P and DualPrompt: pull of the keys; CODA-Prompt: orthogonality), as a multiple of their default")
     p.add_argument("--rank", type=int, default=16, help="rank of LoRA; MoELoRA divides it among its experts")
     p.add_argument("--experts", type=int, default=8, help="experts of MoELoRA")
     p.add_argument("--epochs", type=int, default=5)
