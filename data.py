@@ -1232,30 +1232,24 @@ def mini_coin_sample(task, rng):
 
 
 def _labels(kind, facts):
-    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 9 numbers.
+    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 8 words, "" where there is none.
 
-    Shape, colour, the shapes left, right, above and below, column, row, word written there; 0 where there is none."""
-    cells, words = [[0] * 9 for _ in range(9)], (*_SIGNS, *_TITLES, *_AUTHORS)
+    Shape, colour, where (its box), word written there, the shapes left, right, above and below."""
+    cells = [[""] * 8 for _ in range(9)]
 
-    def number(x, y, **labels):
-        for name, value in labels.items():
-            cells[3 * y + x][{"shape": 0, "colour": 1, "word": 8}[name]] = value + 1
-        cells[3 * y + x][6:8] = x + 1, y + 1
+    def see(x, y, shape="", colour="", word="", around=("",) * 4):
+        cells[3 * y + x] = [shape, colour, box_text(x, y), word, *around]
 
-    colour = list(_COLOURS).index
-    if kind in ("diagram", "photo"):
-        number(*facts["cell"], shape=_SHAPES.index(facts["shape"]), colour=colour(facts["colour"]))
-    elif kind == "sign":
-        number(*facts["cell"], word=words.index(facts["word"]), colour=colour(facts["colour"]))
+    if kind in ("diagram", "photo", "sign"):
+        see(*facts["cell"], **{k: facts[k] for k in ("shape", "colour", "word") if k in facts})
     elif kind == "cover":
-        number(facts["columns"][0], 0, word=words.index(facts["title"]))
-        number(facts["columns"][1], 1, shape=_SHAPES.index(_GENRES[facts["genre"]]))
-        number(facts["columns"][2], 2, word=words.index(facts["author"]))
+        for row, key in enumerate(("title", "genre", "author")):
+            word = facts[key]
+            see(facts["columns"][row], row, **({"shape": _GENRES[word]} if key == "genre" else {"word": word}))
     elif kind == "scene":
-        at = {(o[2], o[3]): _SHAPES.index(o[0]) + 1 for o in facts["objects"]}
-        for shape, name, x, y in facts["objects"]:
-            around = (at.get((x + dx, y + dy), 0) for dx, dy in _SIDES.values())
-            cells[3 * y + x] = [at[x, y], colour(name) + 1, *around, x + 1, y + 1, 0]
+        at = {(o[2], o[3]): o[0] for o in facts["objects"]}
+        for shape, colour, x, y in facts["objects"]:
+            see(x, y, shape, colour, around=[at.get((x + dx, y + dy), "") for dx, dy in _SIDES.values()])
     return cells
 
 
@@ -1266,7 +1260,7 @@ def mini_coin_upstream(rng):
     terse skill words instead of the stream's sentences and instructions; sentence is the answer in full, given unless the
     skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
     """
-    kind = rng.choice(("diagram", "photo", "sign", "cover", "text", "blur", *("scene",) * 6))
+    kind = rng.choice(("diagram", "photo", "sign", "sign", "cover", "text", "blur", *("scene",) * 6))
     image, say, facts = None, [], {}
     if kind in ("diagram", "photo"):
         image, facts = _object_picture(rng, kind)

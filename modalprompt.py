@@ -360,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=800, steps=2500, clip_steps=400, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=800, align_steps=300, steps=3500, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
@@ -440,13 +440,14 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
     pool = [mini_coin_upstream(rng) for _ in range(config["pictures"])]
     blank = np.full((48, 48, 3), 128, np.uint8)
     pixels = torch.from_numpy(np.stack([blank if p[0] is None else np.asarray(p[0]) for p in pool])).permute(0, 3, 1, 2)
-    seen, cells = torch.tensor([p[0] is not None for p in pool]), torch.tensor([p[3] for p in pool], dtype=torch.long)
     ids = processor.tokenizer.get_vocab()
+    seen = torch.tensor([p[0] is not None for p in pool])
+    cells = torch.tensor([[[ids[w] if w else 0 for w in cell] for cell in p[3]] for p in pool])          # (N,9,8) words
     words = lambda text: [ids[w] for w in re.findall(MINI_WORD, text)]
     fill = lambda n: " ".join(rng.choice(FILLERS) for _ in range(rng.randint(0, n)))
     see = lambda rows: pixels[rows] / 127.5 - 1                          # (B,3,48,48), as the image processor does it
 
-    def fit(what, steps, module, loss_of, choose):
+    def fit(what, steps, module, loss_of, choose, batch=config["batch"]):
         opt = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], config["lr"], betas=(0.9, 0.98),
                                 weight_decay=0.01)
         bar = tqdm(range(steps), desc=f"pre-training the small {what}, once", disable=not progress, mininterval=2)
@@ -454,7 +455,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
             for group in opt.param_groups:                               # warm-up, then cosine to zero
                 decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
                 group["lr"] = config["lr"] * min(1, (step + 1) / 100) * decay
-            loss = loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
+            loss = loss_of(torch.tensor(rng.choices(choose, k=batch)))
             opt.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -466,7 +467,13 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
 
     def sight(rows):
         h = tower(see(rows)).last_hidden_state[:, 1:]                    # (B,9,D)
-        return F.cross_entropy(eyes(h).unflatten(-1, (9, 33)).flatten(0, 2), cells[rows].flatten())
+        return F.cross_entropy(eyes(h).unflatten(-1, (8, -1)).flatten(0, 2), cells[rows].flatten())
+
+    def alignment(rows):
+        said = F.one_hot(cells[rows][..., :4], len(ids)).sum(2)[..., 1:].float()         # (B,9,V-1): what stands there
+        where = said.sum(-1) > 0
+        near = model.model.multi_modal_projector(features[rows]) @ model.get_input_embeddings().weight.detach().T
+        return F.cross_entropy(50 * near[..., 1:][where], said[where] / said[where].sum(-1, keepdim=True))
 
     def language(rows):
         lines, answers = [], []
@@ -498,13 +505,14 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         text = nn.utils.rnn.pad_sequence(text, batch_first=True)
         return clip(pixel_values=see(rows), input_ids=text, attention_mask=(text != 0).long(), return_loss=True).loss
 
-    tower, n_image, eyes = model.model.vision_tower, model.config.image_seq_length, nn.Linear(config["width"], 9 * 33)
+    tower, n_image, eyes = model.model.vision_tower, model.config.image_seq_length, nn.Linear(config["width"], 8 * len(ids))
     shown = seen.nonzero()[:, 0].tolist()
     fit("eyes", config["sight_steps"], nn.ModuleList([tower, eyes]), sight, shown)
     tower.requires_grad_(False).eval()
     with torch.no_grad():                                                # frozen: looked at once
         features = torch.cat([tower(see(r)).last_hidden_state[:, 1:] for r in torch.arange(len(pool)).split(500)])
-    fit("LLaVA", config["steps"], model, language, range(len(pool)))
+    fit("projector", config["align_steps"], model.model.multi_modal_projector, alignment, shown)
+    fit("LLaVA", config["steps"], model, language, range(len(pool)), config["batch"] // 2)
     fit("CLIP", config["clip_steps"], clip.train(), contrast, shown)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     for name, m, p in (("llava", model, processor), ("clip", clip, clip_processor)):
@@ -519,7 +527,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
 def mini_backbone(smoke=False):
     """Folder with llava/ and clip/ of the small backbone; trained on the first call, read from the cache afterwards."""
     import hashlib
-    config = {**MINI, **(dict(pictures=500, sight_steps=20, steps=40, clip_steps=20, batch=32) if smoke else {})}
+    config = {**MINI, **(dict(pictures=500, sight_steps=20, align_steps=5, steps=40, clip_steps=20, batch=32) if smoke else {})}
     name = hashlib.sha256(json.dumps([config, MINI_COIN], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / f"mini-coin-v{MINI_COIN}-{name}"
     if not (folder / "clip").exists():
