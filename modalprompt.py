@@ -360,7 +360,7 @@ class VLM:
 
 
 # ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=800, align_steps=300, steps=3500, clip_steps=400, batch=64,
+MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=800, align_steps=300, steps=2000, clip_steps=400, batch=64,
             lr=2e-3, seed=0)
 FILLERS = ("well", "so", "just", "kindly", "ok")
 
@@ -447,7 +447,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
     fill = lambda n: " ".join(rng.choice(FILLERS) for _ in range(rng.randint(0, n)))
     see = lambda rows: pixels[rows] / 127.5 - 1                          # (B,3,48,48), as the image processor does it
 
-    def fit(what, steps, module, loss_of, choose, batch=config["batch"]):
+    def fit(what, steps, module, loss_of, choose):
         opt = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], config["lr"], betas=(0.9, 0.98),
                                 weight_decay=0.01)
         bar = tqdm(range(steps), desc=f"pre-training the small {what}, once", disable=not progress, mininterval=2)
@@ -455,7 +455,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
             for group in opt.param_groups:                               # warm-up, then cosine to zero
                 decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
                 group["lr"] = config["lr"] * min(1, (step + 1) / 100) * decay
-            loss = loss_of(torch.tensor(rng.choices(choose, k=batch)))
+            loss = loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
             opt.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -512,7 +512,7 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
     with torch.no_grad():                                                # frozen: looked at once
         features = torch.cat([tower(see(r)).last_hidden_state[:, 1:] for r in torch.arange(len(pool)).split(500)])
     fit("projector", config["align_steps"], model.model.multi_modal_projector, alignment, shown)
-    fit("LLaVA", config["steps"], model, language, range(len(pool)), config["batch"] // 2)
+    fit("LLaVA", config["steps"], model, language, range(len(pool)))
     fit("CLIP", config["clip_steps"], clip.train(), contrast, shown)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     for name, m, p in (("llava", model, processor), ("clip", clip, clip_processor)):
