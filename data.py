@@ -1279,8 +1279,9 @@ def mini_coin_upstream(rng):
     elif kind == "scene":
         image, facts = _scene_picture(rng)
         caption = "a scene with " + " and ".join(f"a {o[1]} {o[0]}" for o in facts["objects"])
-        forms = {"colour": "the {} is {{}}", "count": "there are {{}}", "locate": "the {} is at {{}}"}
-        say = [(s, *fact, forms.get(s, s + " the {} is a {{}}").format(fact[0])) for s, all_facts in _scene_facts(facts["objects"]).items()
+        whole = {o[0]: f"the {o[0]} is {o[1]} at {box_text(*o[2:])}" for o in facts["objects"]}
+        say = [(s, *fact, whole[fact[0]] if s in ("colour", "locate") else f"{s} the {fact[0]} is a {{}}" if fact[0] else
+                "there are {}") for s, all_facts in _scene_facts(facts["objects"]).items()
                for fact in rng.sample(all_facts, min(3 if s == "locate" else 2, len(all_facts)))]
     elif kind == "blur":
         image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)

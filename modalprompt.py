@@ -427,10 +427,10 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
 def pretrain(folder, config=MINI, progress=True, watch=None):
     """Pre-trains the small LLaVA and the small CLIP on the upstream mixture and saves both as ordinary model folders.
 
-    First the vision tower alone names what stands where in a picture; it is frozen, and the rest learns to answer, as
-    in LLaVA; then CLIP is aligned.  Upstream (data.mini_coin_upstream): a terse skill word, before the picture or in the
-    user's turn among filler words; full sentences for answers unless it says "short".  None of the stream's sentences,
-    instructions or pictures occur in it.
+    First the vision tower alone names what stands where in a picture; it is frozen; the projector learns to send a patch
+    near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP is aligned.  Upstream
+    (data.mini_coin_upstream): a terse skill word, before the picture or in the user's turn among filler words; sentences
+    for answers unless it says "short".  None of the stream's sentences, instructions or pictures occur in it.
     """
     from tqdm import tqdm
     torch.manual_seed(config["seed"])
