@@ -768,8 +768,8 @@ METHODS = {
 
 
 # ---------------------------------------------------------------------------------------------- train and evaluate
-LR = {"modalprompt": 0.02, "finetune": 2e-3, "multi-task": 2e-3, "moelora": 2e-3, "l2p": 0.02, "dualprompt": 0.02,
-      "coda": 0.02, "progressive": 0.02, "zero-shot": 0.0}               # mini-CoIN; else 2e-4, the official code's
+LR = {"modalprompt": 5e-3, "l2p": 5e-3, "dualprompt": 0.02, "coda": 0.02, "progressive": 1e-3,         # mini-CoIN, each
+      "finetune": 5e-4, "moelora": 2e-3, "multi-task": 2e-4, "zero-shot": 0.0}          # the best of three (README)
 BOUNDS = ("zero-shot", "multi-task")
 
 
@@ -972,10 +972,12 @@ SETTINGS = {**{name: {"method": name} for name in METHODS},              # what 
             "question only": {"method": "multi-task", "see": "question"},
             "image": {"lam": 1.0}, "text": {"lam": 0.0},                 # Table 3
             "fusion only": {"selection": False}, "selection only": {"fusion": False},                        # Table 5
+            **{f"k {n}": {"top_k": n} for n in (1, 2)},                  # not in the paper
             **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},     # Fig. 3
             **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
 TABLES = {"bounds": ["zero-shot", "multi-task", "picture only", "question only", "finetune"], "2": list(METHODS),
           "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
+          "k": ["k 1", "k 2", "modalprompt"],
           "10": ["finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"],
           "fig3": ["length 1", "length 2", "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora",
                    "experts 16"], "fig4": ["modalprompt"]}
