@@ -1143,10 +1143,10 @@ def bench(a):
     sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
 
     def seconds(*jobs, repeats=7):
-        """The median time of each job, run in turns so that the machine's moods fall on all of them."""
+        """The median time of each job, run in turns and changing order so that the machine's moods fall on all of them."""
         times = [[] for _ in jobs]
         for r in range(repeats + 1):
-            for job, mine in zip(jobs, times):
+            for job, mine in random.Random(r).sample([*zip(jobs, times)], len(jobs)):
                 sync()
                 start = time.perf_counter()
                 job()
@@ -1173,7 +1173,7 @@ def bench(a):
     row["tokens_per_second"], row["peak_memory_mb"] = 8 / row["answer_seconds"], metrics.peak_memory_mb()
     if a.method in ("modalprompt", "progressive"):
         few, many = (learned(METHODS[a.method](vlm, guidance.width, T, a).to(a.device), vlm, T) for T in (8, 64))
-        x, y = seconds(answering(few), answering(many), repeats=11)
+        x, y = seconds(answering(few), answering(many), repeats=21)
         row["64_over_8_tasks"] = y / x
     print(f"{a.method:<12} trainable {trained:,} ({row['share_percent']:.2f} %)  " + "  ".join(
         f"{k} {v:.4g}" for k, v in row.items() if k not in ("method", "trainable", "frozen", "share_percent")))
