@@ -524,10 +524,12 @@ def pretrain(folder, config=MINI, progress=True, watch=None):
         part.rename(folder)
 
 
-def mini_backbone(smoke=False):
-    """Folder with llava/ and clip/ of the small backbone; trained on the first call, read from the cache afterwards."""
+def mini_backbone(smoke=False, seed=0):
+    """Folder with llava/ and clip/ of a small backbone; trained on the first call, read from the cache afterwards.
+    seed: of its pre-training.  Two seeds, or two machines, give backbones of which one takes prompts better than the other."""
     import hashlib
-    config = {**MINI, **(dict(pictures=500, sight_steps=20, align_steps=5, steps=40, clip_steps=20, batch=32) if smoke else {})}
+    tiny = dict(pictures=500, sight_steps=20, align_steps=5, steps=40, clip_steps=20, batch=32)
+    config = {**MINI, "seed": seed, **(tiny if smoke else {})}
     name = hashlib.sha256(json.dumps([config, MINI_COIN], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / f"mini-coin-v{MINI_COIN}-{name}"
     if not (folder / "clip").exists():
@@ -536,11 +538,12 @@ def mini_backbone(smoke=False):
     return folder
 
 
-def load(backbone="mini", clip=None, device="cpu", dtype="fp32", template="chat", text_feature="pooled", smoke=False):
+def load(backbone="mini", clip=None, device="cpu", dtype="fp32", template="chat", text_feature="pooled", smoke=False,
+         backbone_seed=0):
     """(VLM, Guidance) from "mini", a Hugging Face id or a folder.  Raises InputError if one cannot be had or read."""
     tf = _quiet()
     if backbone == "mini":
-        folder = mini_backbone(smoke)
+        folder = mini_backbone(smoke, backbone_seed)
         backbone, clip = str(folder / "llava"), clip or str(folder / "clip")
     if clip is None:
         raise InputError("--clip is needed with this --backbone: the CLIP that guides, for instance "
@@ -554,6 +557,11 @@ def load(backbone="mini", clip=None, device="cpu", dtype="fp32", template="chat"
             raise InputError(f"{flag} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:160]}); "
                              "give a folder written by save_pretrained or a Hugging Face id that this machine can reach")
     return VLM(out[0], out[1], template), Guidance(out[2], out[3], text_feature)
+
+
+def load_for(a):
+    """load() with the flags of the command line."""
+    return load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke, a.backbone_seed or 0)
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -866,7 +874,7 @@ def run_args(a):
     """The arguments that decide a run's outcome, for results.json, --resume and --table."""
     keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector "
             "own_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
-            "see max_new_tokens smoke")
+            "see max_new_tokens smoke backbone_seed")
     args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
     return {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}
 
@@ -879,7 +887,7 @@ def run_one(a, folder):
     for task in stream.tasks if a.see != "both" else []:
         for sample in (*task.train, *task.val, *task.test):
             sample.update({"image": None} if a.see == "question" else {"text": ""})
-    vlm, guidance = load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke)
+    vlm, guidance = load_for(a)
     a.tasks = T = len(stream)
     if a.checkpointing:
         vlm.model.gradient_checkpointing_enable()
@@ -1011,6 +1019,7 @@ def run_table(a, out):
     for seed in seeds:
         for name in a.rows or names:
             one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
+            one.backbone_seed = seed if a.backbone_seed is None else a.backbone_seed
             one.lr = a.lr if a.given_lr else default_lr(one)
             old = finished(place(name, seed))
             wrong = [k for k, v in run_args(one).items() if old and old["args"].get(k) != v]
@@ -1095,7 +1104,8 @@ def answer_one(a):
     results = finished(path.parent) or {}
     if a.backbone == "mini" and results.get("args", {}).get("backbone", "mini") != "mini":
         raise InputError(f"these prompts belong to --backbone {results['args']['backbone']}; give it and its --clip")
-    vlm, guidance = load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke)
+    a.backbone_seed = results.get("args", {}).get("backbone_seed") if a.backbone_seed is None else a.backbone_seed
+    vlm, guidance = load_for(a)
     if (vlm.width, guidance.width) != (method.width, method.guidance_width):
         raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip "
                          f"have {vlm.width} and {guidance.width}; give the models it was learned with")
@@ -1126,7 +1136,7 @@ def bench(a):
             torch.set_default_dtype(torch.float32)
         vlm, guidance = VLM(model, processor, "plain"), Guidance(clip, clip_processor)
     else:
-        vlm, guidance = load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke)
+        vlm, guidance = load_for(a)
     base = sum(p.numel() for p in vlm.model.parameters())
     a.tasks = 8
     method = METHODS[a.method](vlm, guidance.width, 8, a).to(vlm.device)
@@ -1226,6 +1236,8 @@ def parser():
     p.add_argument("--sizes", type=int, nargs=3, default=(240, 60, 100), help="mini-CoIN: samples a task, train val test")
     p.add_argument("--method", default="modalprompt", choices=list(METHODS), help="the paper's, baselines, the two bounds")
     p.add_argument("--backbone", default="mini", help="mini, a Hugging Face image-text-to-text id, or a folder")
+    p.add_argument("--backbone-seed", type=int, help="mini: seed of its pre-training; default 0, in tables the run's own, "
+                   "so that their spread holds that of the backbones")
     p.add_argument("--clip", help="CLIP of the guidance: id or folder (mini brings its own)")
     p.add_argument("--template", default="chat", choices=["chat", "vicuna", "plain"], help="how a question is written; "
                    "vicuna is LLaVA-1.5's training string")
@@ -1294,7 +1306,7 @@ def run_seeds(a, out):
     """Every seed of one setting: runs/<name>/ for one; runs/<name>/seed<k>/ and a results.json with mean, std for several."""
     results = []
     for seed in a.seeds:
-        one = argparse.Namespace(**{**vars(a), "seed": seed})
+        one = argparse.Namespace(**{**vars(a), "seed": seed, "backbone_seed": a.backbone_seed or 0})
         results.append(run_one(one, out if len(a.seeds) == 1 else out / f"seed{seed}"))
     if len(a.seeds) > 1:
         both = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
