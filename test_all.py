@@ -2488,6 +2488,37 @@ def test_modal_smoke_bench_and_clear_errors(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"r", "cache"}        # nothing half-written
 
 
+def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMPROMPTS_CACHE", str(tmp_path / "cache"))
+    made = []
+    monkeypatch.setattr(modal, "pretrain", lambda folder, config: (made.append(config["seed"]), (folder / "clip").mkdir(parents=True)))
+    folders = [modal.mini_backbone(True, seed) for seed in (0, 1, 0)]
+    assert made == [0, 1] and folders[0] == folders[2] != folders[1]
+    ran = []
+
+    def run_one(a, folder):
+        ran.append((a.method, a.fusion, a.selection, a.seed, a.backbone_seed))
+        A = np.where(np.tri(2) == 1, 50.0 + a.seed + (10 if a.fusion and a.selection else 0), np.nan)
+        metrics.Run(folder, modal.run_args(a)).finish(A, ["x", "y"], modal.summary(A))
+    monkeypatch.setattr(modal, "run_one", run_one)
+    table = lambda *flags: modal.main(["--table", "5", "--out", str(tmp_path / "t"), *flags])
+    table("--seeds", "0", "1", "--rows", "fusion only", "modalprompt")
+    assert ran == [("modalprompt", True, False, 0, 0), ("modalprompt", True, True, 0, 0), ("modalprompt", True, False, 1, 1),
+                   ("modalprompt", True, True, 1, 1)]
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("| fusion only"))
+    assert row.startswith("| fusion only | 50.5 ± 0.7 | 37.36 |") and "| -10.0 | 0.500 | 2 |" in row
+    assert "| selection only | not run |" in out
+    table("--seeds", "0", "1")
+    assert len(ran) == 6 and {r[:3] for r in ran[4:]} == {("modalprompt", False, True)}          # only what was missing
+    table("--seeds", "0", "1", "--no-run")
+    assert len(ran) == 6
+    with pytest.raises(InputError, match="other arguments: .*epochs"):
+        table("--seeds", "0", "--epochs", "7")
+    with pytest.raises(InputError, match="--rows of table 5 are: fusion only"):
+        table("--rows", "all")
+
+
 def test_modal_clear_errors(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
