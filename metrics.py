@@ -451,11 +451,15 @@ def run_cli(main):
     """Run a script's main(): bad input, a full disk, no GPU memory or Ctrl-C end in one clear line and exit code 2 (130)."""
     try:
         main()
+        sys.stdout.flush()
     except InputError as e:
         sys.exit(_say(f"error: {e}"))
     except KeyboardInterrupt:
         _say("stopped; --resume goes on from the last finished epoch")
         sys.exit(130)
+    except BrokenPipeError:                                          # the reader of the pipe has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another --out; "

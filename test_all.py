@@ -1007,6 +1007,8 @@ def test_mistakes_cost_one_line(tmp_path):
     assert code == 2 and "'DI', 'CI', 'QI'" in err
     code, out, _ = script("data.py", "vqav2", "--root", tmp_path)
     assert "dropped" in out and out.count("causal") >= 9
+    piped = subprocess.run(f"{sys.executable} {HERE / 'data.py'} vqav2 --root {tmp_path} | head -1", shell=True, capture_output=True, text=True)
+    assert piped.stdout == "DI\n" and not piped.stderr               # a reader that closes early is no error
 
 
 def test_every_flag_is_read():
