@@ -864,7 +864,7 @@ def load_backbone(args, stream):
 
 
 # What the run folder depends on; anything else (where, how it is shown) may differ when a run is resumed.
-_FREE = {"out", "resume", "seeds", "device", "table", "bench", "quiet"}
+_FREE = {"out", "resume", "seeds", "device", "table", "rows", "bench", "quiet"}
 
 
 def run(args, seed, folder):
