@@ -498,20 +498,21 @@ def mini_tokenizer(texts=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu"):
+def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu", seed=0):
     """(t5, tokenizer, visual) of the small backbone.  Pre-trained on statements about scenes of the built-in world (never the
-    stream's questions) the first time; later read from the cache.  texts: your own data's, for new words."""
+    stream's questions) the first time; later read from the cache.  texts: your own data's, for new words.  seed: of its start,
+    scenes and statements."""
     from safetensors.torch import load, save
     from transformers import T5Config, T5ForConditionalGeneration
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = T5Config(vocab_size=MINI_VOCAB, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
                       tie_word_embeddings=True, **MINI)
     t5, visual = T5ForConditionalGeneration(config), VisualEmbedding(3 * data.REGION_PIXELS ** 2, MINI["d_model"])
     both = nn.ModuleDict({"t5": t5, "visual": visual})
-    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, EYES, 4])
+    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, EYES, seed])
     path = cache_file("mini-vqa-backbone", key, ".safetensors")
     if not path.exists():
-        pretrain(both.to(device), steps, device)
+        pretrain(both.to(device), steps, device, seed)
         both.to("cpu")
         seen = {}                                                    # tied tensors are stored once
         for k, v in both.state_dict().items():
@@ -524,11 +525,11 @@ def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu"):
     return t5, mini_tokenizer(texts), visual
 
 
-def pretrain(both, steps, device):
+def pretrain(both, steps, device, seed=0):
     """First the eyes alone: a region's token is drawn to the embeddings of the words that describe it, as in contrastive
     picture-text training.  Then everything together on statements with a gap."""
     scenes_n = min(MINI_SCENES, 12 * steps + 200)
-    rng = random.Random("upstream")
+    rng = random.Random(f"upstream {seed}")
     scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
               for i in range(scenes_n)]
     regions, tokenizer = data.draw_scenes(scenes), mini_tokenizer()
@@ -838,7 +839,7 @@ def load_backbone(args, stream):
     device = torch.device(args.device)
     if args.backbone == "mini":
         texts = [] if mini_world else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device)
+        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device, args.backbone_seed or 0)
         pictures = world_regions(stream.extra["regions"]) if mini_world else picture_regions(root)
     else:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -1083,6 +1084,7 @@ def table(args):
             if (label, seed) in kept or (where / "results.json").exists():
                 continue
             one = argparse.Namespace(**{**vars(args), "resume": True, "quiet": True})
+            one.backbone_seed = seed if args.backbone_seed is None else args.backbone_seed
             for k, v in {**method_defaults(flags.get("method", one.method)), **flags}.items():
                 if k in flags or getattr(args, k) is None:
                     setattr(one, k, v)
@@ -1249,6 +1251,8 @@ def build_parser():
     g.add_argument("--data-seed", type=int, help="seed of world and splits (default: the run's seed)")
     g.add_argument("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
     g.add_argument("--backbone", default="mini", help="mini, or any T5-family Hugging Face id or folder")
+    g.add_argument("--backbone-seed", type=int, help="mini: seed of its pre-training; default 0, in tables the run's own, so that ± "
+                   "holds the backbone's spread too")
     g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder that sees the pictures for --backbone")
     g.add_argument("--prefix", default="vqa: ", help="put before each question, not for mini")
     g.add_argument("--max-question", type=int, default=20, help="tokens")
@@ -1312,6 +1316,7 @@ def main():
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
     if args.table:
         return table(args)
+    args.backbone_seed = args.backbone_seed or 0
     for k, v in method_defaults(args.method).items():
         setattr(args, k, getattr(args, k) if getattr(args, k) is not None else v)
     results, start = [], time.time()

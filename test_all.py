@@ -904,12 +904,18 @@ def test_linear_schedule_falls_to_zero_over_a_task(monkeypatch):
     assert rates == pytest.approx([first, first * 3 / 4, first * 2 / 4, first / 4])
 
 
+def test_seeds_of_the_small_backbone_differ_and_a_seed_repeats_itself():
+    first, again, other = (mmprompt.mini_backbone(steps=2, seed=seed)[0].shared.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypatch, capsys):
     """Two tables of the paper have rows with the same flags: one run serves both.  A lost run folder is covered by the table's JSON."""
     calls, args = [], mmprompt.build_parser().parse_args(["--table", "2", "--seeds", "0", "1", "--out", str(tmp_path), "--device", "cpu"])
 
     def fake(args, seed, folder):
         calls.append((args.use_query, args.use_inter, args.batch, seed))
+        assert args.backbone_seed == seed                            # the spread of a table holds the backbones'
         values = {"A": 50 + seed + args.use_query, "F_inter": 1.0, "F_intra": 2.0, "merge_effectiveness": 3.0}
         result = {"metrics": values, "matrix": [[1.0]], "minutes": 0.1, "args": {"seed": seed}, "environment": {"commit": "x", "hardware": "y"}}
         folder.mkdir(parents=True)
