@@ -9,6 +9,7 @@ Sources   MM-Prompt, arXiv 2505.19455v1, sections 4.1, A, B (Eq. 12-13)     Moda
 import contextlib
 import csv
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -445,6 +446,94 @@ def jsonable(x):
     if isinstance(x, Path):
         return str(x)
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+# -------------------------------------------------------------------------------------------- the papers' tables
+
+
+def finished(folder):
+    """What results.json of a finished run holds, or None."""
+    try:
+        return json.loads((Path(folder) / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(), against=lambda label: None, paper="",
+              only=None, more=lambda done: []):
+    """Every row x job of a table of a paper beside the paper's numbers: printed, and table<name>.md and .json in `folder`.
+
+    rows     [(label, changes, numbers)]: the flags that make a row, and what the paper prints, a tuple or None
+    jobs     [{"seed": 0}, ...]: the flags that make a repetition
+    settle   changes, job -> (args, deciding): the arguments of a run, and the dict of those that decide its outcome
+    run      args, folder -> what results.json holds
+    columns  the metrics shown; compare: those compared with the row against(label), paired over jobs
+    paper    heading of the paper's numbers      only: the labels to run, None for all; others are shown where finished
+    more     {label: {job's values: results}} -> further lines
+
+    A run lies in runs/<method>-<job>-<digest of deciding>: rows with equal flags share it, between tables too; what is finished
+    is not run again, so a stopped table goes on; processes may share `folder` (the last word has a call with all jobs).
+    Raises InputError for a label that is not there.
+    """
+    folder, labels, plan, text = Path(folder), [label for label, *_ in rows], [], ""
+    if {*(only or ())} - {*labels}:
+        raise InputError(f"--rows of table {name} are: {', '.join(labels)}")
+    for job, (label, changes, _) in itertools.product(jobs, rows):
+        args, deciding = settle(changes, job)
+        digest = hashlib.sha256(json.dumps(jsonable(deciding), sort_keys=True).encode()).hexdigest()[:10]
+        plan.append((label, tuple(job.values()), args,
+                     folder / "runs" / "-".join([args.method, *(f"{k}{v}" for k, v in job.items()), digest])))
+
+    def write():
+        done = {label: {job: r for l, job, _, where in plan if l == label and (r := finished(where))} for label in labels}
+        lines, content = format_table(rows, done, columns, compare, against, paper)
+        lines = [title, "", *lines, *more(done)]
+        with atomic(folder / f"table{name}.json") as f:
+            json.dump(jsonable({"title": title, "jobs": list(jobs[0]), "rows": content}), f)
+        with atomic(folder / f"table{name}.md") as f:
+            f.write("\n".join(lines) + "\n")
+        return "\n".join(lines)
+    todo = [p for p in plan if (only is None or p[0] in only) and not finished(p[3])]
+    for n, (label, job, args, where) in enumerate(todo):
+        if not finished(where):                                      # a row before it, or a process beside, may share it
+            print(f"[{n + 1}/{len(todo)}] {label}, {' '.join(jobs[0])} {' '.join(map(str, job))}", flush=True)
+            run(args, where)
+            (where / "checkpoint.pt").unlink(missing_ok=True)
+            write()
+    print(write())
+
+
+def format_table(rows, done, columns, compare, against, paper):
+    """(lines of Markdown, rows for JSON) of run_table: mean ± standard deviation (ddof 1) over runs, and paired differences."""
+    show = lambda values: "{:.2f} ± {:.2f}".format(*mean_std(values)) if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
+    refs = " or ".join(dict.fromkeys(x for x in map(against, done) if x))
+    head = [*columns, *(f"{k} minus that of {refs}" for k in compare), *([f"paper: {paper}"] if paper else []), "runs", "min"]
+    lines, content = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"], []
+    for label, changes, numbers in rows:
+        runs, ref = done[label], done.get(against(label), {})
+        row = {"label": label, "changes": changes, "paper": numbers, "against": {}, "runs": [
+            {"job": job, **{k: r[k] for k in ("metrics", "matrix", "minutes")}, **{k: r["environment"][k] for k in ("commit", "hardware")}}
+            for job, r in runs.items()]}
+        values = {k: [r["metrics"][k] for r in runs.values() if r["metrics"].get(k) is not None] for k in columns}
+        cells, both = [show(values[k]) if runs else "not run" for k in columns], [job for job in runs if job in ref]
+        for k in compare:
+            if against(label) in (None, label) or not both:
+                cells.append("-")
+                continue
+            d = row["against"][k] = paired(*([x[job]["metrics"][k] for job in both] for x in (runs, ref)))
+            cells.append(f"{d['difference']:+.2f} ± {d['std']:.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
+        cells += [" / ".join("-" if x is None else f"{x:g}" for x in numbers) if numbers else "-"] if paper else []
+        cells += [str(len(runs)), f"{np.mean([r['minutes'] for r in runs.values()]):.1f}" if runs else "-"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        content.append(row)
+    made = [r for row in content for r in row["runs"]]
+    lines += ["", "Mean ± standard deviation over runs. " + ("Differences: paired (in how many higher/pairs, p of the two-sided sign-flip "
+              "test). " if compare else "") + f"Commits {', '.join(sorted({r['commit'] for r in made})) or 'none'}; "
+              f"{', '.join(sorted({r['hardware'] for r in made})) or 'nothing run'}."]
+    return lines, content
+
+
+# ------------------------------------------------------------------------------------------------- command line
 
 
 def run_cli(main):

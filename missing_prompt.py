@@ -22,8 +22,8 @@ Run     python missing_prompt.py                       the paper's method on min
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -1057,81 +1057,26 @@ TABLES = {                                                           # title, th
 
 
 def run_table(a, folder):
-    """Every row x fold x seed of one table, a folder per run; finished ones are read, not run.  table<N>.json and .md
-    are rewritten after every run, so that stopping in the middle leaves a table that says "not run"."""
+    """One of TABLES, a run for every row, fold and seed: see metrics.run_table."""
     title, reference, rows = TABLES[a.table]
-    done, text = {label: {} for label, *_ in rows}, ""
-    asked = [label for label in done if not a.rows or label in a.rows]
-    if len(asked) < len({*(a.rows or ())}):
-        raise InputError(f"--rows of table {a.table} are: {', '.join(done)}")
-    bar = tqdm(total=len(asked) * len(a.folds) * len(a.seeds), desc=f"table {a.table}")
-    for seed, fold in itertools.product(a.seeds, a.folds):
-        stream = make_stream(a, fold, seed)
-        for label, changes, *_ in rows:
-            b = argparse.Namespace(**{**vars(a), **changes, "quiet": True, "resume": True})
-            if "method" in changes:                                  # --lr and --weight are meant for --method
-                b.lr, b.weight = (a.lr, a.weight) if b.method == a.method else (METHODS[b.method].lr, None)
-            args = metrics.jsonable(settings(b, fold, seed))
-            digest = hashlib.sha256(json.dumps(args).encode()).hexdigest()[:10]         # tables share their common rows
-            where = folder / "runs" / f"{b.method}-fold{fold}-seed{seed}-{digest}"
-            result = finished(where, args) or (label in asked and run_one(b, fold, seed, where, stream))
-            if not result:
-                continue
-            (where / "checkpoint.pt").unlink(missing_ok=True)
-            done[label][fold, seed] = result
-            bar.update(label in asked)
-            bar.set_postfix_str(f"{label}, seed {seed}: AA {result['metrics']['AA']:.1f}")
-            text = write_table(a, folder, done)
-    bar.close()
-    print(text)
+    rows = [(label, changes, None if paper == [None, None] else paper) for label, changes, *paper in rows]
 
+    def set_up(changes, job):
+        b = argparse.Namespace(**{**vars(a), **changes, **job, "quiet": True, "resume": True})
+        if "method" in changes:                                      # --lr and --weight are meant for --method
+            b.lr, b.weight = (a.lr, a.weight) if b.method == a.method else (METHODS[b.method].lr, None)
+        return b, settings(b, b.fold, b.seed)
 
-def finished(folder, args):
-    """results.json of a finished run with these args, or None."""
-    try:
-        result = json.loads((folder / "results.json").read_text())
-        return result if result["args"] == args else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def write_table(a, folder, done):
-    """table<N>.json and .md: mean +- std (ddof 1), paired difference to the reference row, paper's numbers."""
-    title, reference, rows = TABLES[a.table]
-    lines = [f"{title}; {a.data}, {a.epochs} epochs, folds {' '.join(map(str, a.folds))}, seeds "
-             f"{' '.join(map(str, a.seeds))}; +- over runs, p: sign-flip test over pairs", "",
-             f"| | AA | FM max | FM diag | AA - {reference} (wins, p) | runs | paper's AA | FM |", "|---" * 8 + "|"]
-    table, show = [], lambda x: "-" if x is None else f"{x:.2f}"
-    for label, changes, *paper in rows:
-        runs, cells = done[label], ["not run"] * 4
-        row = {"label": label, "changes": changes, "paper": paper, "runs": [list(k) for k in runs],
-               "minutes": sum(r["minutes"] for r in runs.values())}
-        if runs:
-            values = {k: [r["metrics"][k] for r in runs.values()] for k in next(iter(runs.values()))["metrics"]}
-            row |= {k: {**dict(zip(("mean", "std"), metrics.mean_std(v))), "values": v} for k, v in values.items()}
-            spread = lambda x: f"{x['mean']:.2f}" + (f" +- {x['std']:.2f}" if len(x["values"]) > 1 else "")
-            cells = [spread(row[k]) if k in row else "-" for k in ("AA", "FM_max", "FM_diag")]
-            both = [k for k in runs if k in done[reference]] if label != reference else []
-            if both:
-                pair = ([done[x][k]["metrics"]["AA"] for k in both] for x in (label, reference))
-                d = row["against"] = metrics.paired(*pair)
-                cells.append(f"{d['difference']:+.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
-            else:
-                cells.append("-")
-        table.append(row)
-        lines.append(f"| {label} | {' | '.join(cells)} | {len(runs)}/{len(a.folds) * len(a.seeds)} | "
-                     f"{' | '.join(map(show, paper))} |")
-    cosines = [r["task_aware_cosine"] for r in done[reference].values() if "task_aware_cosine" in r]
-    if cosines:
-        cosine_map(a, np.mean(cosines, 0), folder / f"table{a.table}_cosine.png")
-    content = {"title": title, "rows": table, "task_aware_cosine": np.mean(cosines, 0) if cosines else None,
-               "args": settings(a, a.folds, a.seeds),
-               "environment": next(r["environment"] for runs in done.values() for r in runs.values())}
-    with atomic(folder / f"table{a.table}.json") as f:
-        json.dump(metrics.jsonable(content), f, indent=1)
-    with atomic(folder / f"table{a.table}.md") as f:
-        f.write("\n".join(lines) + "\n")
-    return "\n".join(lines)
+    def more(done):
+        cosines = [r["task_aware_cosine"] for r in done[reference].values() if "task_aware_cosine" in r]
+        if cosines:
+            cosine_map(a, np.mean(cosines, 0), folder / f"table{a.table}_cosine.png")
+        return []
+    stream = functools.lru_cache(1)(lambda fold, seed: make_stream(a, fold, seed))
+    metrics.run_table(a.table, f"{title}; {a.data}, {a.epochs} epochs; the paper's numbers are its CMU-MOSI", rows,
+                      [{"fold": fold, "seed": seed} for seed in a.seeds for fold in a.folds], set_up,
+                      lambda b, where: run_one(b, b.fold, b.seed, where, stream(b.fold, b.seed)), folder,
+                      ("AA", "FM_max", "FM_diag"), ("AA",), lambda label: reference, "AA / FM", a.rows, more)
 
 
 def bench(a, steps=30):

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import random
-import re
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -839,7 +838,7 @@ def load_backbone(args, stream):
     device = torch.device(args.device)
     if args.backbone == "mini":
         texts = [] if mini_world else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device, args.backbone_seed or 0)
+        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device, args.backbone_seed)
         pictures = world_regions(stream.extra["regions"]) if mini_world else picture_regions(root)
     else:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -864,8 +863,10 @@ def load_backbone(args, stream):
     return VQABackbone(t5, tokenizer, visual, pictures, prefix, args.max_question, args.max_answer).to(device)
 
 
-# What the run folder depends on; anything else (where, how it is shown) may differ when a run is resumed.
-_FREE = {"out", "resume", "seeds", "device", "table", "rows", "bench", "quiet"}
+def deciding(args, seed):
+    """The arguments that decide a run's outcome; the others (where, how it is shown) may differ when a run is resumed."""
+    free = {"out", "resume", "seeds", "device", "table", "rows", "bench", "quiet"}
+    return {**{k: v for k, v in vars(args).items() if k not in free}, "seed": seed}
 
 
 def run(args, seed, folder):
@@ -879,7 +880,7 @@ def run(args, seed, folder):
     method = build_method(args, model.width, T)
     method = method.to(args.device) if method is not None else None
     learner = Learner(args, model, method)
-    record = metrics.Run(folder, {**{k: v for k, v in vars(args).items() if k not in _FREE}, "seed": seed}, args.resume)
+    record = metrics.Run(folder, deciding(args, seed), args.resume)
     say = (lambda *a: None) if args.quiet else tqdm.write
 
     learner.begin(0)
@@ -1067,70 +1068,19 @@ TABLES = {
 
 
 def table(args):
-    """Run every row and seed of a table that has no result yet, then print ours beside the paper's.  Call again to continue, from the
-    run folders or from table<N>.json alone; rows with equal flags share their runs; several processes may share one --out
-    with different --seeds."""
-    out, default = Path(args.out), build_parser().get_default
-    file = out / f"table{args.table}.json"
-    rows = [r for r in TABLES[args.table] if not args.rows or r[0] in args.rows]
-    if len(rows) < len({*(args.rows or ())}):
-        raise InputError(f"--rows of table {args.table} are: {', '.join(r[0] for r in TABLES[args.table])}")
-    kept = {(r["row"], r["seed"]): r for r in (data.read_json(file)["runs"] if file.exists() else [])}
-    slug = lambda flags: re.sub(r"[^\w.-]+", "-", " ".join(f"{k} {v}" for k, v in flags.items() if v != default(k))).strip("-")
-    folder = lambda flags, seed: out / "runs" / (slug(flags) or "defaults") / f"seed{seed}"
-    for seed in args.seeds:
-        for label, flags, _ in rows:
-            where = folder(flags, seed)
-            if (label, seed) in kept or (where / "results.json").exists():
-                continue
-            one = argparse.Namespace(**{**vars(args), "resume": True, "quiet": True})
-            one.backbone_seed = seed if args.backbone_seed is None else args.backbone_seed
-            for k, v in {**method_defaults(flags.get("method", one.method)), **flags}.items():
-                if k in flags or getattr(args, k) is None:
-                    setattr(one, k, v)
-            result = run(one, seed, where)
-            (where / "checkpoint.pt").unlink(missing_ok=True)
-            tqdm.write(f"{label} seed {seed}: A {result['metrics']['A']:.2f} F {result['metrics']['F_inter']:.2f} "
-                       f"{result['minutes']:.1f} min")
-    for label, flags, _ in TABLES[args.table]:
-        for done in sorted(folder(flags, 0).parent.glob("seed*/results.json")):
-            r = json.loads(done.read_text())
-            kept[label, r["args"]["seed"]] = {"row": label, "seed": r["args"]["seed"], "metrics": r["metrics"], "matrix": r["matrix"],
-                                              "minutes": r["minutes"], "flags": flags, "commit": r["environment"]["commit"],
-                                              "hardware": r["environment"]["hardware"]}
-    lines = ["| row | seeds | A | F_inter | F_intra | merge effectiveness | paper A / F_inter | min |", "|---|---|---|---|---|---|---|---|"]
-    for label, _, paper in TABLES[args.table]:
-        runs, paper = [r for (name, _), r in sorted(kept.items()) if name == label], f"{paper[0]} / {paper[1]}" if paper else ""
-        cell = lambda k: "{:.2f} ± {:.2f}".format(*metrics.mean_std([r["metrics"][k] for r in runs])) if k in runs[0]["metrics"] else ""
-        lines.append(f"| {label} | {len(runs)} | {cell('A')} | {cell('F_inter')} | {cell('F_intra')} | {cell('merge_effectiveness')} | "
-                     f"{paper} | {np.mean([r['minutes'] for r in runs]):.1f} |" if runs else
-                     f"| {label} | 0 | not run | not run | | | {paper} | |")
-    runs = [kept[k] for k in sorted(kept)]
-    lines += ["", f"Mean ± standard deviation over seeds; commits {', '.join(sorted({r['commit'] for r in runs}))}; "
-              f"{', '.join(sorted({r['hardware'] for r in runs}))}."] + compare(runs)
-    with metrics.atomic(file.with_suffix(".md")) as f:
-        f.write("\n".join(lines) + "\n")
-    with metrics.atomic(file) as f:
-        json.dump({"table": args.table, "runs": runs}, f)
-    print("\n".join(lines))
+    """One of TABLES, a run for every row and seed: see metrics.run_table."""
+    rows = TABLES[args.table]
+    default = next((label for label, flags, _ in rows if flags == {"setting": "DI"}), None)
+    against = (lambda label: f"{label.split()[0]} mmprompt") if args.table == "1" else lambda label: default
 
-
-def compare(runs):
-    """MM-Prompt against every other row of the same setting, paired over the seeds both have: lines of text."""
-    by = {}
-    for r in runs:
-        by.setdefault((r["flags"].get("setting"), r["row"]), {})[r["seed"]] = r["metrics"]
-    ours = {s: (label, v) for (s, label), v in by.items() if label.endswith(("mmprompt", "CQ + CR", "intra + inter", "L_intra + L_inter"))}
-    lines = []
-    for (setting, label), other in by.items():
-        if setting in ours and ours[setting][0] != label:
-            seeds = sorted(set(ours[setting][1]) & set(other))
-            if len(seeds) > 1:
-                d = {k: metrics.paired([ours[setting][1][s][k] for s in seeds], [other[s][k] for s in seeds]) for k in ("A", "F_inter")}
-                lines.append(f"- {ours[setting][0]} minus {label}: A {d['A']['difference']:+.2f} ± {d['A']['std']:.2f} (p {d['A']['p']:.3f}), "
-                             f"F_inter {d['F_inter']['difference']:+.2f} ± {d['F_inter']['std']:.2f} (p {d['F_inter']['p']:.3f}), "
-                             f"{len(seeds)} seeds")
-    return ["", "Paired over seeds (two-sided sign-flip test):"] + lines if lines else []
+    def settle(flags, job):
+        seed = job["seed"]
+        one = settled(args, {**flags, "quiet": True, "resume": True, "seed": seed,
+                             "backbone_seed": seed if args.backbone_seed is None else args.backbone_seed})
+        return one, deciding(one, seed)
+    title = f"Table {args.table} on {args.data}; the paper's numbers are its VQA v2"
+    metrics.run_table(args.table, title, rows, [{"seed": s} for s in args.seeds], settle, lambda one, folder: run(one, one.seed, folder),
+                      args.out, ("A", "F_inter", "F_intra", "merge_effectiveness"), ("A", "F_inter"), against, "A / F_inter", args.rows)
 
 
 # ============================================================================================================= --bench
@@ -1220,12 +1170,17 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
 # ====================================================================================================== command line
 
 
-def method_defaults(method):
-    """Learning rates and epochs per method, each chosen with the same small search on a seed that is not reported (README)."""
-    lr = {"coda": 1.5e-2, "l2p-one-pool": 5e-4}.get(method, 2e-3)
-    joint = method == "joint"
-    return {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if method in ("joint", "finetune") else 1e-4,
-            "epochs": 16 if joint else 2, "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant"}
+def settled(args, changes=None):
+    """A copy of args with changes, and with the defaults that depend on the method, each chosen with the same small search on a
+    seed that is not reported (README)."""
+    args = argparse.Namespace(**{**vars(args), **(changes or {})})
+    joint, learns = args.method == "joint", args.method in ("joint", "finetune")
+    lr = args.lr or {"coda": 1.5e-2, "l2p-one-pool": 5e-4}.get(args.method, 2e-3)
+    for k, v in {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if learns else 1e-4, "epochs": 16 if joint else 2,
+                 "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant", "backbone_seed": 0}.items():
+        if getattr(args, k) is None:
+            setattr(args, k, v)
+    return args
 
 
 def build_parser():
@@ -1292,7 +1247,7 @@ def build_parser():
     g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--eval-batch", type=int, default=200)
     g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3; coda 1.5e-2, l2p-one-pool 5e-4)")
-    g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr's)")
+    g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr)")
     g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 5e-4 joint and finetune, else 1e-4)")
     g.add_argument("--schedule", choices=["constant", "linear"], help="of the learning rates within a task (default constant, as the "
                    "official VQA v2 code after its warm-up; joint: linear to zero)")
@@ -1316,9 +1271,7 @@ def main():
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
     if args.table:
         return table(args)
-    args.backbone_seed = args.backbone_seed or 0
-    for k, v in method_defaults(args.method).items():
-        setattr(args, k, getattr(args, k) if getattr(args, k) is not None else v)
+    args = settled(args)
     results, start = [], time.time()
     for seed in args.seeds:
         folder = Path(args.out) / f"seed{seed}" if len(args.seeds) > 1 else args.out

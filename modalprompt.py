@@ -998,92 +998,44 @@ PAPER = {"multi-task": {"Last": 67.10}, "zero-shot": {"Last": 48.89},    # Table
          "selection only": {"Last": 44.81, "Avg": 38.24, "B": 17.16, "M": 40.71}}
 
 
-def finished(folder):
-    """results.json of a finished run, or None."""
-    try:
-        return json.loads((folder / "results.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
 def run_table(a, out):
-    """One table or figure of the paper at the chosen scale, beside the paper's numbers: table<N>.md and .json in `out`.
-
-    Each row x seed is one run in out/<row>/seed<k>; finished ones are not run again, so a stopped table goes on where it
-    was.  Tables share their runs.  --no-run prints what is there.  Raises InputError for runs of other arguments."""
-    names, seeds = TABLES[a.table], a.seeds
-    if {*(a.rows or ())} - {*names}:
-        raise InputError(f"--rows of table {a.table} are: {', '.join(names)}")
-    place = lambda name, seed: out / name.replace(" ", "-") / f"seed{seed}"
-    todo = []
-    for seed in seeds:
-        for name in a.rows or names:
-            one = argparse.Namespace(**{**vars(a), **SETTINGS[name], "seed": seed, "quiet": True, "resume": True})
-            one.backbone_seed = seed if a.backbone_seed is None else a.backbone_seed
-            one.lr = a.lr if a.given_lr else default_lr(one)
-            old = finished(place(name, seed))
-            wrong = [k for k, v in run_args(one).items() if old and old["args"].get(k) != v]
-            if wrong:
-                raise InputError(f"{place(name, seed)} was made with other arguments: {', '.join(wrong)}; use the same, or "
-                                 "another --out")
-            todo += [(name, one)] if a.run and not old else []
-    for n, (name, one) in enumerate(todo):
-        print(f"[{n + 1}/{len(todo)}] {name}, seed {one.seed}", flush=True)
-        run_one(one, place(name, one.seed))
-    rows = {name: [r for seed in seeds if (r := finished(place(name, seed)))] for name in names}
-    lines = [f"Table {a.table} on {a.data}: mean ± standard deviation over seeds; (paper) is LLaVA-1.5-7B on CoIN. Last, Avg,",
-             "M: higher is better; B: lower. p: two-sided sign-flip test of Last against modalprompt, paired by seed.", ""]
+    """One table or figure of the paper at the chosen scale, a run for every row and seed: see metrics.run_table."""
     keys = ("Last", "Avg", "B", "M")
-    lines += ["| | " + " | ".join(f"{k} | (paper)" for k in keys) + " | Last - modalprompt | p | seeds | min/run |",
-              "|---" * 13 + "|"]
-    ours = {r["args"]["seed"]: r["metrics"]["Last"] for r in rows.get("modalprompt", [])}
-    for name in names:
-        got, cells = rows[name], []
-        for k in keys:
-            values = [r["metrics"][k] for r in got if r["metrics"].get(k) is not None]
-            mean, std = metrics.mean_std(values) if values else (0, 0)
-            spread = f" ± {std:.1f}" if len(values) > 1 else ""
-            cells += [f"{mean:.1f}{spread}" if values else "-" if got else "not run",
-                      f"{PAPER[name][k]:.2f}" if k in PAPER.get(name, {}) else "-"]
-        both = [(r["metrics"]["Last"], ours[s]) for r in got if (s := r["args"]["seed"]) in ours]
-        test = metrics.paired(*zip(*both)) if both and name != "modalprompt" else None
-        cells += [f"{test['difference']:+.1f}", f"{test['p']:.3f}"] if test else ["-", "-"]
-        cells += [str(len(got)), f"{np.mean([r['minutes'] for r in got]):.1f}" if got else "-"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    some = next((r for got in rows.values() for r in got), None)
-    if a.table == "2" and some:
-        lines += ["", "Last by task:", "", "| | " + " | ".join(some["tasks"]) + " |"]
-        lines += ["|---" * (1 + len(some["tasks"])) + "|"]
-        for name in (n for n in names if rows[n]):
-            by_task = np.mean([np.array(r["matrix"][-1], float) for r in rows[name]], 0)
-            lines.append(f"| {name} | " + " | ".join(f"{x:.1f}" for x in by_task) + " |")
-        lines += ["", "Last with the official scoring (REC, ImageNet and OCRVQA differ): " +
-                  ", ".join(f"{n} {np.mean([r['official']['Last'] for r in rows[n]]):.1f}" for n in names if rows[n])]
-    if a.table in ("10", "fig4"):
-        for name in (n for n in names if rows[n]):
-            A = np.mean([np.array(r["matrix"], float) for r in rows[name]], 0)
-            lines += ["", f"{name}, mean of {len(rows[name])} seeds (rows: after learning)", "", "```",
-                      metrics.format_matrix(A, some["tasks"]), "```"]
-            metrics.heat_map(A, out / f"matrix-{name}.png", some["tasks"], some["tasks"], f"{name}: A[t,i]")
-    if a.table == "fig4" and some:
-        near = np.mean([r["similarity"] for r in rows["modalprompt"]], 0)
-        picked = np.mean([np.array(r["selection_counts"]) for r in rows["modalprompt"]], 0)
-        picked = 100 * picked / picked.sum(1, keepdims=True)
-        tasks = some["tasks"]
-        metrics.heat_map(near, out / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
-        metrics.heat_map(picked, out / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
-        for title, X in (("Similarity of prototype (row) and task (column)", near),
-                         ("Share of picks in %: task (row), set (column)", picked)):
-            lines += ["", title, "", "```", "\n".join(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row)
-                                                      for n, row in zip(some["tasks"], X)), "```"]
-    text = "\n".join(lines)
-    with atomic(out / f"table{a.table}.md") as f:
-        f.write(text + "\n")
-    with atomic(out / f"table{a.table}.json") as f:
-        json.dump({n: [{k: r[k] for k in ("metrics", "matrix", "minutes")} | {"seed": r["args"]["seed"]} for r in got]
-                   for n, got in rows.items()}, f)
-    print(text)
+    rows = [(name, SETTINGS[name], tuple(map(PAPER[name].get, keys)) if name in PAPER else None) for name in TABLES[a.table]]
 
+    def set_up(changes, job):
+        one = argparse.Namespace(**{**vars(a), **changes, **job, "quiet": True, "resume": True})
+        one.backbone_seed = job["seed"] if a.backbone_seed is None else a.backbone_seed
+        one.lr = a.lr if a.given_lr else default_lr(one)
+        return one, run_args(one)
+
+    def more(done):
+        lines, some = [], next((r for runs in done.values() for r in runs.values()), None)
+        mean = lambda name, key: np.mean([np.array(r[key], float) for r in done[name].values()], 0)
+        there, tasks = [name for name in done if done[name]], some and some["tasks"]
+        if a.table == "2" and some:
+            lines += ["", "Last by task:", "", "| | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
+            lines += [f"| {name} | " + " | ".join(f"{x:.1f}" for x in mean(name, "matrix")[-1]) + " |" for name in there]
+            lines += ["", "Last with the official scoring (REC, ImageNet and OCRVQA differ): " + ", ".join(
+                f"{name} {np.mean([r['official']['Last'] for r in done[name].values()]):.1f}" for name in there)]
+        if a.table in ("10", "fig4"):
+            for name in there:
+                A = mean(name, "matrix")
+                lines += ["", f"{name}, mean of {len(done[name])} seeds (rows: after learning)", "", "```",
+                          metrics.format_matrix(A, tasks), "```"]
+                metrics.heat_map(A, out / f"matrix-{name}.png", tasks, tasks, f"{name}: A[t,i]")
+        if a.table == "fig4" and some:
+            near, picked = mean("modalprompt", "similarity"), mean("modalprompt", "selection_counts")
+            picked = 100 * picked / picked.sum(1, keepdims=True)
+            metrics.heat_map(near, out / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
+            metrics.heat_map(picked, out / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
+            for title, X in (("Similarity of prototype (row) and task (column)", near),
+                             ("Share of picks in %: task (row), set (column)", picked)):
+                lines += ["", title, "", "```", *(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row) for n, row in zip(tasks, X)), "```"]
+        return lines
+    metrics.run_table(a.table, f"Table {a.table} on {a.data}; the paper's numbers are LLaVA-1.5-7B on CoIN; B: lower is better",
+                      rows, [{"seed": s} for s in a.seeds], set_up, run_one, out, keys, ("Last",), lambda name: "modalprompt",
+                      " / ".join(keys), a.rows if a.run else [], more)
 
 
 def answer_one(a):
@@ -1101,7 +1053,7 @@ def answer_one(a):
         raise InputError(f"{path} is not a safetensors file ({e}); use the prompts.safetensors of a run")
     if image != "none" and (problem := picture_problem(image)):
         raise InputError(f"{image}: {problem}; give a picture file, or the word none for a question without a picture")
-    results = finished(path.parent) or {}
+    results = metrics.finished(path.parent) or {}
     if a.backbone == "mini" and results.get("args", {}).get("backbone", "mini") != "mini":
         raise InputError(f"these prompts belong to --backbone {results['args']['backbone']}; give it and its --clip")
     a.backbone_seed = results.get("args", {}).get("backbone_seed") if a.backbone_seed is None else a.backbone_seed

@@ -372,11 +372,9 @@ def asked(n=6):
 
 
 def arguments(method, **more):
-    args = mmprompt.build_parser().parse_args([])
-    for k, v in {**mmprompt.method_defaults(method), "method": method, "device": "cpu", "train_vision": "never", "pool_sizes": [6, 7, 8, 9],
-                 "top_k": 2, "length": 4, "heads": 2, "epochs": 1, "batch": 4, "quiet": True, **more}.items():
-        setattr(args, k, v)
-    return args
+    return mmprompt.settled(mmprompt.build_parser().parse_args([]), {
+        "method": method, "device": "cpu", "train_vision": "never", "pool_sizes": [6, 7, 8, 9],
+        "top_k": 2, "length": 4, "heads": 2, "epochs": 1, "batch": 4, "quiet": True, **more})
 
 
 def test_encoder_without_prompts_is_t5(double):
@@ -910,32 +908,58 @@ def test_seeds_of_the_small_backbone_differ_and_a_seed_repeats_itself():
 
 
 def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypatch, capsys):
-    """Two tables of the paper have rows with the same flags: one run serves both.  A lost run folder is covered by the table's JSON."""
+    """Two tables of the paper have rows with the same flags: one run serves both.  What is finished is not run again."""
     calls, args = [], mmprompt.build_parser().parse_args(["--table", "2", "--seeds", "0", "1", "--out", str(tmp_path), "--device", "cpu"])
 
     def fake(args, seed, folder):
-        calls.append((args.use_query, args.use_inter, args.batch, seed))
-        assert args.backbone_seed == seed                            # the spread of a table holds the backbones'
+        calls.append((args.use_query, args.use_inter, args.batch, seed, args.lr_attention))
+        assert args.backbone_seed == seed                            # the spread of a table holds the backbones
         values = {"A": 50 + seed + args.use_query, "F_inter": 1.0, "F_intra": 2.0, "merge_effectiveness": 3.0}
-        result = {"metrics": values, "matrix": [[1.0]], "minutes": 0.1, "args": {"seed": seed}, "environment": {"commit": "x", "hardware": "y"}}
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(result))
-        return result
+        A = np.full((1, 1), 1.0)
+        return metrics.Run(folder, mmprompt.deciding(args, seed)).finish(A, ["x"], values)
     monkeypatch.setattr(mmprompt, "run", fake)
     mmprompt.table(args)
-    assert len(calls) == 6 and {c[2] for c in calls} == {25}
+    assert len(calls) == 6 and {c[2] for c in calls} == {25} and {c[4] for c in calls} == {2e-4}
     args.table = "10"
     mmprompt.table(args)
     assert len(calls) == 6 + 2 * 2                                   # "no recovery" is CQ, "intra + inter" is CQ + CR
-    shutil.rmtree(tmp_path / "runs")
     args.table, args.seeds = "2", [0, 1, 2]
     mmprompt.table(args)
     assert len(calls) == 13 and {c[3] for c in calls[10:]} == {2}
     text = (tmp_path / "table2.md").read_text()
-    assert "| CQ + CR | 3 | 52.00 ± 1.00 |" in text and "CQ + CR minus isolated prompts: A +1.00 ± 0.00 (p 0.250)" in text
+    assert "| CQ + CR | 52.00 ± 1.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | - | - | 36.223 / 0.447 | 3 | 0.0 |" in text
+    assert "| isolated prompts | 51.00 ± 1.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | -1.00 ± 0.00 (0/3, 0.250) | +0.00 ± 0.00 (0/3, 1.000) |" in text
+    assert text in capsys.readouterr().out
+    args.lr = 1e-2                                                   # another setting: other runs, the old ones stay
+    mmprompt.table(args)
+    assert len(calls) == 22 and calls[-1][4] == 1e-3
     args.rows = ["CQ", "no such row"]
     with pytest.raises(InputError, match="--rows of table 2 are: isolated prompts, CQ, CQ"):
         mmprompt.table(args)
+
+
+def test_table_compares_with_the_row_of_its_setting(tmp_path, monkeypatch):
+    """Table 1: each setting's rows against MM-Prompt there; a run of another commit is named; broken results.json is run again."""
+    scores = {("CI", "mmprompt"): 40.0, ("CI", "l2p"): 30.0, ("QI", "mmprompt"): 10.0, ("QI", "l2p"): 15.0}
+
+    def fake(args, seed, folder):
+        A = scores[args.setting, args.method]
+        return metrics.Run(folder, mmprompt.deciding(args, seed)).finish(np.full((1, 1), A), ["x"], {"A": A, "F_inter": A / 10})
+    monkeypatch.setattr(mmprompt, "run", fake)
+    args = mmprompt.build_parser().parse_args(["--table", "1", "--out", str(tmp_path), "--device", "cpu", "--rows", "CI mmprompt", "CI l2p",
+                                               "QI mmprompt", "QI l2p"])
+    mmprompt.table(args)
+    rows = {r["label"]: r for r in json.loads((tmp_path / "table1.json").read_text())["rows"]}
+    assert rows["CI l2p"]["against"]["A"]["difference"] == -10 and rows["QI l2p"]["against"]["A"]["difference"] == 5
+    assert rows["QI l2p"]["against"]["F_inter"]["difference"] == pytest.approx(0.5) and not rows["CI mmprompt"]["against"]
+    assert rows["CI l2p"]["runs"][0]["metrics"]["A"] == 30 and not rows["DI l2p"]["runs"]
+    assert "| DI l2p | not run | not run | not run | not run | - | - | 31.186 / 2.112 | 0 | - |" in (tmp_path / "table1.md").read_text()
+    folder = next((tmp_path / "runs").glob("l2p-seed0-*"))
+    (folder / "results.json").write_text("{")
+    scores["CI", "l2p"] = scores["QI", "l2p"] = 31.0
+    mmprompt.table(args)
+    again = {r["label"]: r["runs"][0]["metrics"]["A"] for r in json.loads((tmp_path / "table1.json").read_text())["rows"] if r["runs"]}
+    assert sorted((again["CI l2p"], again["QI l2p"])) in ([30, 31], [15, 31])
 
 
 def test_checkpoint_of_other_arguments_is_refused(tmp_path, monkeypatch):
@@ -1776,8 +1800,9 @@ def test_missing_table_continues_and_says_not_run(tmp_path, monkeypatch):
     a.rows = None
     mp.run_table(a, tmp_path)
     text = (tmp_path / "table4.md").read_text()
-    assert len(counted) == 1 and "not run" not in text and "70.91" in text and "1/1" in text
-    assert json.loads((tmp_path / "table4.json").read_text())["rows"][0]["runs"] == [[0, 0]]
+    assert len(counted) == 1 and "not run" not in text and "| 70.91 / 0.13 | 1 |" in text
+    table = json.loads((tmp_path / "table4.json").read_text())
+    assert table["jobs"] == ["fold", "seed"] and [r["job"] for r in table["rows"][0]["runs"]] == [[0, 0]]
     assert [len(mp.TABLES[k][2]) for k in ("3", "4", "5", "6", "fig5")] == [8, 2, 6, 4, 8]
 
 
@@ -2515,14 +2540,14 @@ def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(ca
                    ("modalprompt", True, True, 1, 1)]
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| fusion only"))
-    assert row.startswith("| fusion only | 50.5 ± 0.7 | 37.36 |") and "| -10.0 | 0.500 | 2 |" in row
+    assert row.startswith("| fusion only | 50.50 ± 0.71 |") and "| -10.00 ± 0.00 (0/2, 0.500) | 37.36 / 31.87 / 27.09 / 34.94 | 2 |" in row
     assert "| selection only | not run |" in out
     table("--seeds", "0", "1")
     assert len(ran) == 6 and {r[:3] for r in ran[4:]} == {("modalprompt", False, True)}          # only what was missing
     table("--seeds", "0", "1", "--no-run")
     assert len(ran) == 6
-    with pytest.raises(InputError, match="other arguments: .*epochs"):
-        table("--seeds", "0", "--epochs", "7")
+    table("--seeds", "0", "--epochs", "7", "--rows", "fusion only")
+    assert len(ran) == 7                                             # other arguments: a run of their own
     with pytest.raises(InputError, match="--rows of table 5 are: fusion only"):
         table("--rows", "all")
 
