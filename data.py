@@ -350,6 +350,16 @@ def random_scene(rng, name, crowd=True, alone=False):
             "things": things, "other": things[count] if len(things) > count else None, "noise": rng.getrandbits(32)}
 
 
+def named(rng, scene, true):
+    """The scene's name, or one of nothing in it."""
+    return scene["name"] if true else rng.choice([n for n in COCO_NAMES if n not in {t["name"] for t in scene["things"]}])
+
+
+def colored(rng, scene, true):
+    """The thing's color, or another."""
+    return scene["color"] if true else rng.choice([c for c in COLORS if c != scene["color"]])
+
+
 def ask(rng, scene, kind):
     """(question, answer) of one of the ten types about a scene.  Several wordings each; "it" only where nothing else is."""
     name, pick = scene["name"], rng.choice
@@ -363,11 +373,9 @@ def ask(rng, scene, kind):
     if kind == "judge":
         yes = rng.random() < 0.5
         if rng.random() < 0.5:
-            shown = {t["name"] for t in scene["things"]}
-            about = name if yes else pick([n for n in COCO_NAMES if n not in shown])
+            about = named(rng, scene, yes)                           # drawn before the wording
             return pick(["is there a {}", "is a {} in the picture"]).format(about), "yes" if yes else "no"
-        color = scene["color"] if yes else pick([c for c in COLORS if c != scene["color"]])
-        return f"is the {name} {color}", "yes" if yes else "no"
+        return f"is the {name} {colored(rng, scene, yes)}", "yes" if yes else "no"
     if kind == "commonsense":
         true = [q for q, kinds in ABILITIES.items() if kind_of(name) in kinds]
         yes = bool(true) and rng.random() < 0.6
@@ -404,13 +412,12 @@ def upstream_statement(rng, scene):
     if kind in ("color", "pattern", "size"):
         return f"the {name} has the {kind} <mask>", scene[kind]
     if kind == "is there":
-        shown = {t["name"] for t in scene["things"]}
         yes = rng.random() < 0.5
-        about = name if yes else pick([n for n in COCO_NAMES if n not in shown])
+        about = named(rng, scene, yes)                               # drawn before the wording
         return pick(["there is a {}", "a {} is in the picture"]).format(about), "yes" if yes else "no"
     if kind == "is colored":
         yes = rng.random() < 0.5
-        return f"the {name} is {scene['color'] if yes else pick([c for c in COLORS if c != scene['color']])}", "yes" if yes else "no"
+        return f"the {name} is {colored(rng, scene, yes)}", "yes" if yes else "no"
     if kind == "sort":
         return f"the {scene['color']} one is a sort of <mask>" if rng.random() < .7 else f"a {name} is a sort of <mask>", kind_of(name)
     if kind == "ability":                                            # what a language model knows of the world

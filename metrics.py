@@ -365,23 +365,36 @@ def peak_memory_mb():
 class Run:
     """One folder, one run: log.jsonl, checkpoint.pt, results.json, matrix.csv, matrix.png, prompts.safetensors.
 
-    args: a flat dict that decides the outcome.  resume=True needs the same args and continues; resume=False starts anew.
+    args: a flat dict that decides the outcome.  resume=True needs the same args and continues; resume=False starts anew, and
+    moves another run's files to <folder>/before.<n>; only a finished run of the same args is replaced.
     Raises InputError for a checkpoint of other arguments.
     """
+
+    FILES = ("checkpoint.pt", "log.jsonl", "results.json", "matrix.csv", "matrix.png", "prompts.safetensors")
 
     def __init__(self, folder, args, resume=False):
         self.folder, self.args, self.start, self.before = Path(folder), dict(args), time.time(), 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = self._load() if resume else None
         if self.state is None:
-            for name in ("checkpoint.pt", "log.jsonl", "results.json", "matrix.csv", "matrix.png", "prompts.safetensors"):
-                (self.folder / name).unlink(missing_ok=True)
+            self._make_room()
         else:
             self.before = self.state["minutes"]
             lines = (self.folder / "log.jsonl").read_text().splitlines() if (self.folder / "log.jsonl").exists() else []
             with atomic(self.folder / "log.jsonl") as f:             # drop the lines written after the last checkpoint
                 f.writelines(line + "\n" for line in lines[:self.state["log_lines"]])
         self.lines = self.state["log_lines"] if self.state else 0
+
+    def _make_room(self):
+        old, files = finished(self.folder), [f for name in self.FILES if (f := self.folder / name).exists()]
+        if files and not (old and old.get("args") == jsonable(self.args)):
+            aside = next(p for n in itertools.count(1) if not (p := self.folder / f"before.{n}").exists())
+            aside.mkdir()
+            _say(f"{self.folder} held another run, now in {aside}" + ("" if old else "; --resume goes on with a run"))
+            for f in files:
+                f.rename(aside / f.name)
+        for f in files:
+            f.unlink(missing_ok=True)
 
     def _load(self):
         import torch

@@ -962,6 +962,25 @@ def test_table_compares_with_the_row_of_its_setting(tmp_path, monkeypatch):
     assert sorted((again["CI l2p"], again["QI l2p"])) in ([30, 31], [15, 31])
 
 
+def test_a_run_never_deletes_another_one(tmp_path, capsys):
+    A, files = np.full((1, 1), 1.0), lambda folder: {p.name for p in folder.iterdir()}
+    finish = lambda lr: metrics.Run(tmp_path / "r", {"lr": lr}).finish(A, ["x"], {"A": lr})
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "mine.txt").write_text("not a run's")
+    finish(0.1)
+    finish(0.1)                                                      # the same once more replaces itself
+    assert files(tmp_path / "r") == {"mine.txt", "results.json", "matrix.csv", "matrix.png"} and not capsys.readouterr().err
+    finish(0.2)
+    assert metrics.finished(tmp_path / "r" / "before.1")["metrics"]["A"] == 0.1 and metrics.finished(tmp_path / "r")["metrics"]["A"] == 0.2
+    assert "held another run, now in" in capsys.readouterr().err
+    run = metrics.Run(tmp_path / "s", {"lr": 0.1})
+    run.log(epoch=1)
+    run.checkpoint(t=1)
+    metrics.Run(tmp_path / "s", {"lr": 0.1})                         # --resume was forgotten
+    assert files(tmp_path / "s" / "before.1") == {"checkpoint.pt", "log.jsonl"} and "--resume" in capsys.readouterr().err
+    assert metrics.Run(tmp_path / "s" / "before.1", {"lr": 0.1}, resume=True).state["t"] == 1
+
+
 def test_checkpoint_of_other_arguments_is_refused(tmp_path, monkeypatch):
     args = short(monkeypatch, setting="CI")
     mmprompt.run(args, 0, tmp_path)
