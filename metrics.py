@@ -519,7 +519,8 @@ def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(),
 def format_table(rows, done, columns, compare, against, paper):
     """(lines of Markdown, rows for JSON) of run_table: mean ± standard deviation (ddof 1) over runs, and paired differences."""
     show = lambda values: "{:.2f} ± {:.2f}".format(*mean_std(values)) if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
-    refs = " or ".join(dict.fromkeys(x for x in map(against, done) if x))
+    refs = " or ".join(dict.fromkeys(x for x in map(against, done) if x in done))
+    compare = compare if refs else ()
     head = [*columns, *(f"{k} minus that of {refs}" for k in compare), *([f"paper: {paper}"] if paper else []), "runs", "min"]
     lines, content = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"], []
     for label, changes, numbers in rows:
