@@ -461,7 +461,7 @@ def jsonable(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-# -------------------------------------------------------------------------------------------- the papers' tables
+# ------------------------------------------------------------------------------ several seeds, the papers' tables
 
 
 def finished(folder):
@@ -470,6 +470,32 @@ def finished(folder):
         return json.loads((Path(folder) / "results.json").read_text())
     except (OSError, ValueError):
         return None
+
+
+def last_line(name, results, jobs, columns):
+    """One line to copy: the columns (mean ± standard deviation over runs), the jobs, minutes, peak memory."""
+    show = lambda v: "{:.2f} ± {:.2f}".format(*mean_std(v)) if len(v) > 1 else f"{v[0]:.2f}"
+    values = {k: [r["metrics"][k] for r in results] for k in columns if k in results[0]["metrics"]}
+    flags = {k: list(dict.fromkeys(str(job[k]) for job in jobs)) for k in jobs[0]}
+    return f"{name}: " + " | ".join([f"{k} {show(v)}" for k, v in values.items()] +
+                                    [f"{k}{'s' * (len(v) > 1)} {' '.join(v)}" for k, v in flags.items()] +
+                                    [f"{sum(r['minutes'] for r in results):.1f} min",
+                                     f"peak {max(r['peak_memory_mb'] for r in results):.0f} MiB"])
+
+
+def run_jobs(name, jobs, run, folder, columns):
+    """run(job, folder) for every job, a dict of flags such as {"seed": 0}; a line each.  Several get a folder each in `folder`, a
+    results.json of their means and standard deviations, and a line for all.  Returns what the runs return, a list."""
+    folder, results = Path(folder), []
+    for job in jobs:
+        results.append(run(job, folder / "-".join(f"{k}{v}" for k, v in job.items()) if len(jobs) > 1 else folder))
+        print(last_line(name, results[-1:], [job], columns))
+    if len(jobs) > 1:
+        both = {k: dict(zip(("mean", "std"), mean_std([r["metrics"][k] for r in results]))) for k in results[0]["metrics"]}
+        with atomic(folder / "results.json") as f:
+            json.dump(jsonable({"metrics": both, "jobs": jobs, "runs": [r["metrics"] for r in results]}), f, indent=1)
+        print(last_line(name, results, jobs, columns))
+    return results
 
 
 def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(), against=lambda label: None, paper="",
@@ -488,7 +514,7 @@ def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(),
     is not run again, so a stopped table goes on; processes may share `folder` (the last word has a call with all jobs).
     Raises InputError for a label that is not there.
     """
-    folder, labels, plan, text = Path(folder), [label for label, *_ in rows], [], ""
+    folder, labels, plan = Path(folder), [label for label, *_ in rows], []
     if {*(only or ())} - {*labels}:
         raise InputError(f"--rows of table {name} are: {', '.join(labels)}")
     for job, (label, changes, _) in itertools.product(jobs, rows):
@@ -509,8 +535,8 @@ def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(),
     todo = [p for p in plan if (only is None or p[0] in only) and not finished(p[3])]
     for n, (label, job, args, where) in enumerate(todo):
         if not finished(where):                                      # a row before it, or a process beside, may share it
-            print(f"[{n + 1}/{len(todo)}] {label}, {' '.join(jobs[0])} {' '.join(map(str, job))}", flush=True)
-            run(args, where)
+            result = run(args, where)
+            print(f"[{n + 1}/{len(todo)}] " + last_line(label, [result], [dict(zip(jobs[0], job))], columns), flush=True)
             (where / "checkpoint.pt").unlink(missing_ok=True)
             write()
     print(write())

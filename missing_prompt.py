@@ -965,27 +965,15 @@ def cosine_map(a, cosine, path):
 
 
 def run_seeds(a, folder):
-    """All folds and seeds of one configuration -> list of results; several leave a folder each and an aggregate."""
-    jobs, results = [(f, s) for f in a.folds for s in a.seeds], []
-    for fold, seed in jobs:
-        stream = make_stream(a, fold, seed)
-        if not results:
+    """All folds and seeds of one configuration -> list of results."""
+    jobs = [{"fold": fold, "seed": seed} for fold in a.folds for seed in a.seeds]
+
+    def one(job, where):
+        stream = make_stream(a, **job)
+        if job == jobs[0]:
             print_config(a, stream)
-        name = (f"fold{fold}-" if len(a.folds) > 1 else "") + f"seed{seed}"
-        results.append(run_one(a, fold, seed, folder / name if len(jobs) > 1 else folder, stream))
-        r = results[-1]
-        print(f"{a.method} on {a.data}: " + "  ".join(f"{k} {v:.2f}" for k, v in r["metrics"].items()) + f"  {name}  "
-              f"{r['minutes']:.1f} min  peak {r['peak_memory_mb']:.0f} MiB")
-    if len(jobs) > 1:
-        summary = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
-        with atomic(folder / "results.json") as f:
-            json.dump(metrics.jsonable({
-                "metrics": {k: {"mean": m, "std": s} for k, (m, s) in summary.items()},
-                "runs": [r["metrics"] for r in results], "args": settings(a, a.folds, a.seeds),
-                "environment": results[0]["environment"]}), f, indent=1)
-        print(f"{a.method} on {a.data}: " + "  ".join(f"{k} {m:.2f} +- {s:.2f}" for k, (m, s) in summary.items())
-              + f"  {len(jobs)} runs  {sum(r['minutes'] for r in results):.1f} min")
-    return results
+        return run_one(a, **job, folder=where, stream=stream)
+    return metrics.run_jobs(f"{a.method} {a.data}", jobs, one, folder, COLUMNS)
 
 
 def make_stream(a, fold, seed):
@@ -1013,6 +1001,7 @@ def print_config(a, stream):
 
 
 # -------------------------------------------------------------------------------------- tables of the paper, and speed
+COLUMNS = ("AA", "FM_max", "FM_diag")
 # (row, changed settings, the paper's AA and FM on CMU-MOSI)
 METHOD_ROWS = [
     ("iCaRL, buffer 250", {"method": "icarl"}, 64.12, 3.49), ("A-GEM, buffer 250", {"method": "agem"}, 63.18, 4.10),
@@ -1076,7 +1065,7 @@ def run_table(a, folder):
     metrics.run_table(a.table, f"{title}; {a.data}, {a.epochs} epochs; the paper's numbers are its CMU-MOSI", rows,
                       [{"fold": fold, "seed": seed} for seed in a.seeds for fold in a.folds], set_up,
                       lambda b, where: run_one(b, b.fold, b.seed, where, stream(b.fold, b.seed)), folder,
-                      ("AA", "FM_max", "FM_diag"), ("AA",), lambda label: reference, "AA / FM", a.rows, more)
+                      COLUMNS, ("AA",), lambda label: reference, "AA / FM", a.rows, more)
 
 
 def bench(a, steps=30):

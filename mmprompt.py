@@ -1004,25 +1004,13 @@ def finish(args, seed, stream, learner, record, A, intra, trainable, frozen, say
                             trainable=trainable, frozen=frozen, selection=selection, intra=intra,
                             protocol={"task id at test": False, "replay": args.memory, "select": args.select},
                             world=stream.extra.get("version"), counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
-    say(last_line(args, [results], [seed], record.minutes))
     return results
-
-
-def last_line(args, results, seeds, minutes):
-    """One line to copy: the metrics (mean ± std over seeds), seeds, minutes, peak memory."""
-    def show(name):
-        values = [r["metrics"][name] for r in results]
-        mean, std = metrics.mean_std(values)
-        return f"{name} {mean:.2f}" + (f" ± {std:.2f}" if len(values) > 1 else "")
-    names = ["A", "F_inter"] + (["F_intra"] if "F_intra" in results[0]["metrics"] else []) + ["merge_effectiveness"]
-    return (f"{args.method} {args.setting}: " + " | ".join(map(show, names)) +
-            f" | seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))} | {minutes:.1f} min | "
-            f"peak {max(r['peak_memory_mb'] for r in results):.0f} MiB")
 
 
 # ===================================================================================================== the paper's tables
 # Each row: label, the flags that make it, and what the paper prints (VQA v2; A / F_inter).
 SETTINGS = ("CI", "QI", "DI")
+COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
 PAPER_1 = {"l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)), "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
            "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)), "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
            "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)), "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
@@ -1080,7 +1068,7 @@ def table(args):
         return one, deciding(one, seed)
     title = f"Table {args.table} on {args.data}; the paper's numbers are its VQA v2"
     metrics.run_table(args.table, title, rows, [{"seed": s} for s in args.seeds], settle, lambda one, folder: run(one, one.seed, folder),
-                      args.out, ("A", "F_inter", "F_intra", "merge_effectiveness"), ("A", "F_inter"), against, "A / F_inter", args.rows)
+                      args.out, COLUMNS, ("A", "F_inter"), against, "A / F_inter", args.rows)
 
 
 # ============================================================================================================= --bench
@@ -1198,7 +1186,7 @@ def build_parser():
     g.add_argument("--smoke", action="store_true", help="everything tiny: does it run?")
     g.add_argument("--out", help="run folder (default runs/mmprompt_<setting>_<method>, for tables runs/mmprompt_tables)")
     g.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    g.add_argument("--quiet", action="store_true", help="print the last line only")
+    g.add_argument("--quiet", action="store_true", help="print the last lines only")
     g = p.add_argument_group("data and backbone")
     g.add_argument("--data", default="mini", help="mini | vqav2 | nextqa | a .jsonl file")
     g.add_argument("--root", default=".", help="folder with the files of --data (a .jsonl file: with its pictures)")
@@ -1272,16 +1260,8 @@ def main():
     if args.table:
         return table(args)
     args = settled(args)
-    results, start = [], time.time()
-    for seed in args.seeds:
-        folder = Path(args.out) / f"seed{seed}" if len(args.seeds) > 1 else args.out
-        results.append(run(args, seed, folder))
-    if len(args.seeds) > 1:
-        summary = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
-        with metrics.atomic(Path(args.out) / "results.json") as f:
-            json.dump({"mean_std": summary, "seeds": args.seeds, "runs": [r["metrics"] for r in results]}, f, indent=1)
-    if len(args.seeds) > 1 or args.quiet:
-        print(last_line(args, results, args.seeds, (time.time() - start) / 60))
+    metrics.run_jobs(f"{args.method} {args.setting}", [{"seed": seed} for seed in args.seeds],
+                     lambda job, folder: run(args, job["seed"], folder), args.out, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -968,8 +968,6 @@ def run_one(a, folder):
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
     out = run.finish(A, stream.names, result, method.tensors() if hasattr(method, "tensors") else None,
                      f"{a.method}, seed {a.seed}", **more)
-    print(f"{a.method} {a.data}  " + "  ".join(f"{k} {v:.2f}" for k, v in result.items()) +
-        f"  seed {a.seed}  {out['minutes']:.1f} min  peak {out['peak_memory_mb']:.0f} MiB")
     return out
 
 
@@ -983,6 +981,7 @@ SETTINGS = {**{name: {"method": name} for name in METHODS},              # what 
             **{f"k {n}": {"top_k": n} for n in (1, 2)},                  # not in the paper
             **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},     # Fig. 3
             **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
+COLUMNS = ("Last", "Avg", "B", "M")
 TABLES = {"bounds": ["zero-shot", "multi-task", "picture only", "question only", "finetune"], "2": list(METHODS),
           "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
           "k": ["k 1", "k 2", "modalprompt"],
@@ -1000,8 +999,7 @@ PAPER = {"multi-task": {"Last": 67.10}, "zero-shot": {"Last": 48.89},    # Table
 
 def run_table(a, out):
     """One table or figure of the paper at the chosen scale, a run for every row and seed: see metrics.run_table."""
-    keys = ("Last", "Avg", "B", "M")
-    rows = [(name, SETTINGS[name], tuple(map(PAPER[name].get, keys)) if name in PAPER else None) for name in TABLES[a.table]]
+    rows = [(name, SETTINGS[name], tuple(map(PAPER[name].get, COLUMNS)) if name in PAPER else None) for name in TABLES[a.table]]
 
     def set_up(changes, job):
         one = argparse.Namespace(**{**vars(a), **changes, **job, "quiet": True, "resume": True})
@@ -1034,8 +1032,8 @@ def run_table(a, out):
                 lines += ["", title, "", "```", *(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row) for n, row in zip(tasks, X)), "```"]
         return lines
     metrics.run_table(a.table, f"Table {a.table} on {a.data}; the paper's numbers are LLaVA-1.5-7B on CoIN; B: lower is better",
-                      rows, [{"seed": s} for s in a.seeds], set_up, run_one, out, keys, ("Last",), lambda name: "modalprompt",
-                      " / ".join(keys), a.rows if a.run else [], more)
+                      rows, [{"seed": s} for s in a.seeds], set_up, run_one, out, COLUMNS, ("Last",), lambda name: "modalprompt",
+                      " / ".join(COLUMNS), a.rows if a.run else [], more)
 
 
 def answer_one(a):
@@ -1228,7 +1226,7 @@ def parser():
     p.add_argument("--prompts", help="prompts.safetensors of a finished run, for --answer")
     flag("--smoke", default=False, help="everything once, tiny: under a minute")
     flag("--resume", default=False, help="go on from the last finished epoch")
-    flag("--quiet", default=False, help="only the last line of each run")
+    flag("--quiet", default=False, help="print the last lines only")
     p.add_argument("--out", default=None, help="run folder; default runs/modalprompt-<method>")
     return p
 
@@ -1254,21 +1252,6 @@ def settle(a):
     return a
 
 
-def run_seeds(a, out):
-    """Every seed of one setting: runs/<name>/ for one; runs/<name>/seed<k>/ and a results.json with mean, std for several."""
-    results = []
-    for seed in a.seeds:
-        one = argparse.Namespace(**{**vars(a), "seed": seed, "backbone_seed": a.backbone_seed or 0})
-        results.append(run_one(one, out if len(a.seeds) == 1 else out / f"seed{seed}"))
-    if len(a.seeds) > 1:
-        both = {k: metrics.mean_std([r["metrics"][k] for r in results]) for k in results[0]["metrics"]}
-        with atomic(out / "results.json") as f:
-            json.dump({"seeds": a.seeds, "metrics": both, "minutes": sum(r["minutes"] for r in results)}, f, indent=1)
-        print(f"{a.method} {a.data}  " + "  ".join(f"{k} {m:.2f} ± {s:.2f}" for k, (m, s) in both.items()) +
-              f"  seeds {' '.join(map(str, a.seeds))}  {sum(r['minutes'] for r in results):.1f} min")
-    return results
-
-
 def main(argv=None):
     a = settle(parser().parse_args(argv))
     if a.answer:
@@ -1279,7 +1262,9 @@ def main(argv=None):
         return bench(a)
     if a.table:
         return run_table(a, Path(a.out or "runs/modalprompt-tables"))
-    run_seeds(a, Path(a.out or f"runs/modalprompt-{a.method}"))
+    one = lambda job: argparse.Namespace(**{**vars(a), **job, "backbone_seed": a.backbone_seed or 0})
+    metrics.run_jobs(f"{a.method} {a.data}", [{"seed": seed} for seed in a.seeds], lambda job, folder: run_one(one(job), folder),
+                     a.out or f"runs/modalprompt-{a.method}", COLUMNS)
 
 
 if __name__ == "__main__":

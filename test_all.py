@@ -9,7 +9,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -212,7 +211,7 @@ def test_eq2_eq3_selection_weights_and_pull(double):
     p, pull, chosen = pool(q)
     want_pull = 0.0
     for b in range(4):
-        cos = [float(q[b] @ k / (q[b].norm() * k.norm())) for k in pool.keys]
+        cos = [float(q[b].detach() @ k.detach() / (q[b].norm() * k.norm())) for k in pool.keys]
         best = sorted(range(7), key=lambda i: -cos[i])[:3]
         assert chosen[b].tolist() == best
         e = [math.exp(cos[i] / 0.7) for i in best]
@@ -1043,7 +1042,7 @@ def test_smoke_of_the_script_and_one_line_mistakes(tmp_path):
     _, out, _ = script("mmprompt.py", "--smoke", "--setting", "QI", "--out", tmp_path / "run", "--seeds", 0, 1)
     last = out.strip().splitlines()[-1]
     assert re.match(r"mmprompt QI: A [\d.]+ ± [\d.]+ \| F_inter -?[\d.]+ ± [\d.]+ \| .* seeds 0 1 \| [\d.]+ min \| peak \d+ MiB", last), last
-    assert (tmp_path / "run/seed1/results.json").exists() and "mean_std" in json.loads((tmp_path / "run/results.json").read_text())
+    assert (tmp_path / "run/seed1/results.json").exists() and "std" in json.loads((tmp_path / "run/results.json").read_text())["metrics"]["A"]
     make_pictures(tmp_path, 20)
     (tmp_path / "images/3.png").unlink()
     one_clear_line(["mmprompt.py", "--smoke", "--setting", "QI", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "x"], "3.png", "missing")
@@ -1868,7 +1867,7 @@ def test_missing_smoke_as_a_user_runs_it(tmp_path):
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("prompts on mini: AA ") and "FM_max" in last and "MiB" in last
+    assert last.startswith("prompts mini: AA ") and "FM_max" in last and "MiB" in last
     assert json.loads((tmp_path / "run/results.json").read_text())["task_aware_cosine"]
 
 
@@ -2530,7 +2529,7 @@ def test_modal_resume_equals_uninterrupted_and_coin_runs_by_path(tmp_path, modal
 
 def test_modal_smoke_bench_and_clear_errors(tmp_path):
     out = modal_run(tmp_path, "--smoke", "--out", "r").stdout
-    assert "no task id at test" in out and out.strip().splitlines()[-1].startswith("modalprompt mini  Last ")
+    assert "no task id at test" in out and out.strip().splitlines()[-1].startswith("modalprompt mini: Last ")
     results = json.loads((tmp_path / "r/results.json").read_text())
     assert np.array(results["matrix"], float).shape == (8, 8) and {"Last", "Avg", "B", "M"} == set(results["metrics"])
     assert np.array(results["selection_counts"]).sum() == 8 * 8 * 3 and len(results["similarity"]) == 8
@@ -2551,7 +2550,7 @@ def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(ca
     def run_one(a, folder):
         ran.append((a.method, a.fusion, a.selection, a.seed, a.backbone_seed))
         A = np.where(np.tri(2) == 1, 50.0 + a.seed + (10 if a.fusion and a.selection else 0), np.nan)
-        metrics.Run(folder, modal.run_args(a)).finish(A, ["x", "y"], modal.summary(A))
+        return metrics.Run(folder, modal.run_args(a)).finish(A, ["x", "y"], modal.summary(A))
     monkeypatch.setattr(modal, "run_one", run_one)
     table = lambda *flags: modal.main(["--table", "5", "--out", str(tmp_path / "t"), *flags])
     table("--seeds", "0", "1", "--rows", "fusion only", "modalprompt")
