@@ -1163,7 +1163,7 @@ def settled(args, changes=None):
     seed that is not reported (README)."""
     args = argparse.Namespace(**{**vars(args), **(changes or {})})
     joint, learns = args.method == "joint", args.method in ("joint", "finetune")
-    lr = args.lr or {"coda": 1.5e-2, "l2p-one-pool": 5e-4}.get(args.method, 2e-3)
+    lr = args.lr or {"mmprompt": 5e-4, "l2p-one-pool": 5e-4, "none": 2e-3, "finetune": 2e-3, "joint": 2e-3}.get(args.method, 8e-3)
     for k, v in {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if learns else 1e-4, "epochs": 16 if joint else 2,
                  "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant", "backbone_seed": 0}.items():
         if getattr(args, k) is None:
@@ -1234,7 +1234,7 @@ def build_parser():
     g.add_argument("--batch", type=int, help="samples a step (default 25; joint 50)")
     g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--eval-batch", type=int, default=200)
-    g.add_argument("--lr", type=float, help="of prompts and keys (default 2e-3; coda 1.5e-2, l2p-one-pool 5e-4)")
+    g.add_argument("--lr", type=float, help="of prompts and keys (default 8e-3; mmprompt and l2p-one-pool 5e-4)")
     g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr)")
     g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 5e-4 joint and finetune, else 1e-4)")
     g.add_argument("--schedule", choices=["constant", "linear"], help="of the learning rates within a task (default constant, as the "

@@ -918,7 +918,7 @@ def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypa
         return metrics.Run(folder, mmprompt.deciding(args, seed)).finish(A, ["x"], values)
     monkeypatch.setattr(mmprompt, "run", fake)
     mmprompt.table(args)
-    assert len(calls) == 6 and {c[2] for c in calls} == {25} and {c[4] for c in calls} == {2e-4}
+    assert len(calls) == 6 and {c[2] for c in calls} == {25} and {c[4] for c in calls} == {5e-5}
     args.table = "10"
     mmprompt.table(args)
     assert len(calls) == 6 + 2 * 2                                   # "no recovery" is CQ, "intra + inter" is CQ + CR
