@@ -6,6 +6,7 @@ T tasks, indices from 0, scores in points (0..100).  Every function below is pur
 Sources   MM-Prompt, arXiv 2505.19455v1, sections 4.1, A, B (Eq. 12-13)     ModalPrompt, arXiv 2410.05849v2, appendix A
           missing modalities, arXiv 2503.00528, section 4.1                  VQA evaluation, Antol et al. 2015
 """
+import argparse
 import contextlib
 import csv
 import errno
@@ -387,14 +388,15 @@ class Run:
 
     def _make_room(self):
         old, files = finished(self.folder), [f for name in self.FILES if (f := self.folder / name).exists()]
-        if files and not (old and old.get("args") == jsonable(self.args)):
+        if old and old.get("args") == jsonable(self.args):
+            for f in files:
+                f.unlink()
+        elif files:
             aside = next(p for n in itertools.count(1) if not (p := self.folder / f"before.{n}").exists())
             aside.mkdir()
             _say(f"{self.folder} held another run, now in {aside}" + ("" if old else "; --resume goes on with a run"))
             for f in files:
                 f.rename(aside / f.name)
-        for f in files:
-            f.unlink(missing_ok=True)
 
     def _load(self):
         import torch
@@ -472,12 +474,16 @@ def finished(folder):
         return None
 
 
+def spread(values):
+    """"mean ± standard deviation" of several values, one value alone, "-" for none."""
+    return "{:.2f} ± {:.2f}".format(*mean_std(values)) if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
+
+
 def last_line(name, results, jobs, columns):
     """One line to copy: the columns (mean ± standard deviation over runs), the jobs, minutes, peak memory."""
-    show = lambda v: "{:.2f} ± {:.2f}".format(*mean_std(v)) if len(v) > 1 else f"{v[0]:.2f}"
     values = {k: [r["metrics"][k] for r in results] for k in columns if k in results[0]["metrics"]}
     flags = {k: list(dict.fromkeys(str(job[k]) for job in jobs)) for k in jobs[0]}
-    return f"{name}: " + " | ".join([f"{k} {show(v)}" for k, v in values.items()] +
+    return f"{name}: " + " | ".join([f"{k} {spread(v)}" for k, v in values.items()] +
                                     [f"{k}{'s' * (len(v) > 1)} {' '.join(v)}" for k, v in flags.items()] +
                                     [f"{sum(r['minutes'] for r in results):.1f} min",
                                      f"peak {max(r['peak_memory_mb'] for r in results):.0f} MiB"])
@@ -498,13 +504,13 @@ def run_jobs(name, jobs, run, folder, columns):
     return results
 
 
-def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(), against=lambda label: None, paper="",
-              only=None, more=lambda done: []):
+def run_table(args, title, rows, jobs, settle, run, folder, columns, compare, against, paper, only=None, more=lambda done: []):
     """Every row x job of a table of a paper beside the paper's numbers: printed, and table<name>.md and .json in `folder`.
 
     rows     [(label, changes, numbers)]: the flags that make a row, and what the paper prints, a tuple or None
     jobs     [{"seed": 0}, ...]: the flags that make a repetition
-    settle   changes, job -> (args, deciding): the arguments of a run, and the dict of those that decide its outcome
+    args     of the command line; a run has them with its row's changes and its job
+    settle   args of a run -> (args, deciding): with the defaults that depend on others, and the dict of those that decide its outcome
     run      args, folder -> what results.json holds
     columns  the metrics shown; compare: those compared with the row against(label), paired over jobs
     paper    heading of the paper's numbers      only: the labels to run, None for all; others are shown where finished
@@ -514,14 +520,14 @@ def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(),
     is not run again, so a stopped table goes on; processes may share `folder` (the last word has a call with all jobs).
     Raises InputError for a label that is not there.
     """
-    folder, labels, plan = Path(folder), [label for label, *_ in rows], []
+    folder, name, labels, plan = Path(folder), args.table, [label for label, *_ in rows], []
     if {*(only or ())} - {*labels}:
         raise InputError(f"--rows of table {name} are: {', '.join(labels)}")
     for job, (label, changes, _) in itertools.product(jobs, rows):
-        args, deciding = settle(changes, job)
+        one, deciding = settle(argparse.Namespace(**{**vars(args), **changes, **job, "quiet": True, "resume": True}))
         digest = hashlib.sha256(json.dumps(jsonable(deciding), sort_keys=True).encode()).hexdigest()[:10]
-        plan.append((label, tuple(job.values()), args,
-                     folder / "runs" / "-".join([args.method, *(f"{k}{v}" for k, v in job.items()), digest])))
+        plan.append((label, tuple(job.values()), one,
+                     folder / "runs" / "-".join([one.method, *(f"{k}{v}" for k, v in job.items()), digest])))
 
     def write():
         done = {label: {job: r for l, job, _, where in plan if l == label and (r := finished(where))} for label in labels}
@@ -533,9 +539,9 @@ def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(),
             f.write("\n".join(lines) + "\n")
         return "\n".join(lines)
     todo = [p for p in plan if (only is None or p[0] in only) and not finished(p[3])]
-    for n, (label, job, args, where) in enumerate(todo):
+    for n, (label, job, one, where) in enumerate(todo):
         if not finished(where):                                      # a row before it, or a process beside, may share it
-            result = run(args, where)
+            result = run(one, where)
             print(f"[{n + 1}/{len(todo)}] " + last_line(label, [result], [dict(zip(jobs[0], job))], columns), flush=True)
             (where / "checkpoint.pt").unlink(missing_ok=True)
             write()
@@ -544,7 +550,6 @@ def run_table(name, title, rows, jobs, settle, run, folder, columns, compare=(),
 
 def format_table(rows, done, columns, compare, against, paper):
     """(lines of Markdown, rows for JSON) of run_table: mean ± standard deviation (ddof 1) over runs, and paired differences."""
-    show = lambda values: "{:.2f} ± {:.2f}".format(*mean_std(values)) if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
     refs = " or ".join(dict.fromkeys(x for x in map(against, done) if x in done))
     compare = compare if refs else ()
     head = [*columns, *(f"{k} minus that of {refs}" for k in compare), *([f"paper: {paper}"] if paper else []), "runs", "min"]
@@ -555,7 +560,7 @@ def format_table(rows, done, columns, compare, against, paper):
             {"job": job, **{k: r[k] for k in ("metrics", "matrix", "minutes")}, **{k: r["environment"][k] for k in ("commit", "hardware")}}
             for job, r in runs.items()]}
         values = {k: [r["metrics"][k] for r in runs.values() if r["metrics"].get(k) is not None] for k in columns}
-        cells, both = [show(values[k]) if runs else "not run" for k in columns], [job for job in runs if job in ref]
+        cells, both = [spread(values[k]) if runs else "not run" for k in columns], [job for job in runs if job in ref]
         for k in compare:
             if against(label) in (None, label) or not both:
                 cells.append("-")

@@ -1050,10 +1050,9 @@ def run_table(a, folder):
     title, reference, rows = TABLES[a.table]
     rows = [(label, changes, None if paper == [None, None] else paper) for label, changes, *paper in rows]
 
-    def set_up(changes, job):
-        b = argparse.Namespace(**{**vars(a), **changes, **job, "quiet": True, "resume": True})
-        if "method" in changes:                                      # --lr and --weight are meant for --method
-            b.lr, b.weight = (a.lr, a.weight) if b.method == a.method else (METHODS[b.method].lr, None)
+    def set_up(b):
+        if b.method != a.method:                                     # --lr and --weight are meant for --method
+            b.lr, b.weight = METHODS[b.method].lr, None
         return b, settings(b, b.fold, b.seed)
 
     def more(done):
@@ -1062,7 +1061,7 @@ def run_table(a, folder):
             cosine_map(a, np.mean(cosines, 0), folder / f"table{a.table}_cosine.png")
         return []
     stream = functools.lru_cache(1)(lambda fold, seed: make_stream(a, fold, seed))
-    metrics.run_table(a.table, f"{title}; {a.data}, {a.epochs} epochs; the paper's numbers are its CMU-MOSI", rows,
+    metrics.run_table(a, f"{title}; {a.data}, {a.epochs} epochs; the paper's numbers are its CMU-MOSI", rows,
                       [{"fold": fold, "seed": seed} for seed in a.seeds for fold in a.folds], set_up,
                       lambda b, where: run_one(b, b.fold, b.seed, where, stream(b.fold, b.seed)), folder,
                       COLUMNS, ("AA",), lambda label: reference, "AA / FM", a.rows, more)

@@ -508,7 +508,7 @@ def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu", seed=0):
                       tie_word_embeddings=True, **MINI)
     t5, visual = T5ForConditionalGeneration(config), VisualEmbedding(3 * data.REGION_PIXELS ** 2, MINI["d_model"])
     both = nn.ModuleDict({"t5": t5, "visual": visual})
-    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, EYES, seed])
+    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, EYES, 5, seed])
     path = cache_file("mini-vqa-backbone", key, ".safetensors")
     if not path.exists():
         pretrain(both.to(device), steps, device, seed)
@@ -1061,13 +1061,11 @@ def table(args):
     default = next((label for label, flags, _ in rows if flags == {"setting": "DI"}), None)
     against = (lambda label: f"{label.split()[0]} mmprompt") if args.table == "1" else lambda label: default
 
-    def settle(flags, job):
-        seed = job["seed"]
-        one = settled(args, {**flags, "quiet": True, "resume": True, "seed": seed,
-                             "backbone_seed": seed if args.backbone_seed is None else args.backbone_seed})
-        return one, deciding(one, seed)
+    def settle(one):
+        one.backbone_seed = one.seed if one.backbone_seed is None else one.backbone_seed
+        return (one := settled(one)), deciding(one, one.seed)
     title = f"Table {args.table} on {args.data}; the paper's numbers are its VQA v2"
-    metrics.run_table(args.table, title, rows, [{"seed": s} for s in args.seeds], settle, lambda one, folder: run(one, one.seed, folder),
+    metrics.run_table(args, title, rows, [{"seed": s} for s in args.seeds], settle, lambda one, folder: run(one, one.seed, folder),
                       args.out, COLUMNS, ("A", "F_inter"), against, "A / F_inter", args.rows)
 
 
@@ -1158,12 +1156,13 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
 # ====================================================================================================== command line
 
 
-def settled(args, changes=None):
-    """A copy of args with changes, and with the defaults that depend on the method, each chosen with the same small search on a
+def settled(args):
+    """A copy of args with the defaults that depend on the method, each chosen with the same small search on a
     seed that is not reported (README)."""
-    args = argparse.Namespace(**{**vars(args), **(changes or {})})
+    args = argparse.Namespace(**vars(args))
     joint, learns = args.method == "joint", args.method in ("joint", "finetune")
-    lr = args.lr or {"mmprompt": 5e-4, "l2p-one-pool": 5e-4, "none": 2e-3, "finetune": 2e-3, "joint": 2e-3}.get(args.method, 8e-3)
+    rates = {"mmprompt": 5e-4, "l2p-one-pool": 5e-4, "none": 2e-3, "finetune": 2e-3, "joint": 2e-3}
+    lr = rates.get(args.method, 8e-3) if args.lr is None else args.lr
     for k, v in {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if learns else 1e-4, "epochs": 16 if joint else 2,
                  "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant", "backbone_seed": 0}.items():
         if getattr(args, k) is None:

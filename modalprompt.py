@@ -33,7 +33,7 @@ from data import (MINI_COIN, MINI_WORD, InputError, cache_folder, instruction_st
                   picture_problem, sample_picture)
 from metrics import Run, atomic, run_cli, score_instruction
 
-# ------------------------------------------------------------------------------------- the paper: Eq. 1 to Eq. 8
+# --------------------------------- the paper: Eq. 1 to 4, 6, 8  (Eq. 5, 9: class VLM below; Eq. 7: learn_task)
 
 
 class Guidance(nn.Module):
@@ -1001,9 +1001,8 @@ def run_table(a, out):
     """One table or figure of the paper at the chosen scale, a run for every row and seed: see metrics.run_table."""
     rows = [(name, SETTINGS[name], tuple(map(PAPER[name].get, COLUMNS)) if name in PAPER else None) for name in TABLES[a.table]]
 
-    def set_up(changes, job):
-        one = argparse.Namespace(**{**vars(a), **changes, **job, "quiet": True, "resume": True})
-        one.backbone_seed = job["seed"] if a.backbone_seed is None else a.backbone_seed
+    def set_up(one):
+        one.backbone_seed = one.seed if one.backbone_seed is None else one.backbone_seed
         one.lr = a.lr if a.given_lr else default_lr(one)
         return one, run_args(one)
 
@@ -1031,7 +1030,7 @@ def run_table(a, out):
                              ("Share of picks in %: task (row), set (column)", picked)):
                 lines += ["", title, "", "```", *(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row) for n, row in zip(tasks, X)), "```"]
         return lines
-    metrics.run_table(a.table, f"Table {a.table} on {a.data}; the paper's numbers are LLaVA-1.5-7B on CoIN; B: lower is better",
+    metrics.run_table(a, f"Table {a.table} on {a.data}; the paper's numbers are LLaVA-1.5-7B on CoIN; B: lower is better",
                       rows, [{"seed": s} for s in a.seeds], set_up, run_one, out, COLUMNS, ("Last",), lambda name: "modalprompt",
                       " / ".join(COLUMNS), a.rows if a.run else [], more)
 

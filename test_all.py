@@ -371,9 +371,9 @@ def asked(n=6):
 
 
 def arguments(method, **more):
-    return mmprompt.settled(mmprompt.build_parser().parse_args([]), {
-        "method": method, "device": "cpu", "train_vision": "never", "pool_sizes": [6, 7, 8, 9],
-        "top_k": 2, "length": 4, "heads": 2, "epochs": 1, "batch": 4, "quiet": True, **more})
+    return mmprompt.settled(Namespace(**{
+        **vars(mmprompt.build_parser().parse_args([])), "method": method, "device": "cpu", "train_vision": "never",
+        "pool_sizes": [6, 7, 8, 9], "top_k": 2, "length": 4, "heads": 2, "epochs": 1, "batch": 4, "quiet": True, **more}))
 
 
 def test_encoder_without_prompts_is_t5(double):
@@ -938,7 +938,7 @@ def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypa
 
 
 def test_table_compares_with_the_row_of_its_setting(tmp_path, monkeypatch):
-    """Table 1: each setting's rows against MM-Prompt there; a run of another commit is named; broken results.json is run again."""
+    """Table 1: each setting's rows against MM-Prompt there; broken results.json is run again."""
     scores = {("CI", "mmprompt"): 40.0, ("CI", "l2p"): 30.0, ("QI", "mmprompt"): 10.0, ("QI", "l2p"): 15.0}
 
     def fake(args, seed, folder):
