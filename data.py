@@ -239,7 +239,7 @@ def read_json(path, hook=None):
 
 
 # ------------------------------------------------------------------------------------------- mini-VQA: the built-in world
-MINI_VQA_VERSION = 2
+MINI_VQA_VERSION = 3
 COLORS = {"red": (214, 44, 38), "orange": (244, 138, 26), "yellow": (246, 222, 52), "green": (52, 160, 62),
           "blue": (40, 88, 214), "purple": (142, 62, 178), "white": (248, 248, 248), "black": (24, 24, 28)}
 PATTERNS = ["plain", "striped", "dotted", "checked"]
@@ -250,18 +250,14 @@ PLACES = {"kitchen": ((232, 220, 196), (176, 148, 118)), "street": ((170, 196, 2
           "bedroom": ((222, 196, 214), (150, 110, 140)), "field": ((190, 224, 250), (128, 196, 96))}
 CELLS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "middle": (1, 1)}   # of a 3 x 3 grid
 NUMBERS = ["one", "two", "three", "four"]
+REASONS = dict(zip(PLACES, ["hungry", "lost", "hot", "hiding", "tired", "playing"]))           # why is it here: by place
 KINDS = {"person": 1, "vehicle": 9, "outdoor": 14, "animal": 24, "accessory": 29, "sport": 39, "tableware": 46, "food": 56,
          "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}                  # last index in COCO order + 1
 ABILITIES = {"can you eat it": {"food"}, "can you ride it": {"vehicle"}, "is it alive": {"person", "animal"},
              "does it need power": {"electronic", "appliance"}, "can you wear it": {"accessory"},
              "can you play with it": {"sport"}}
-# Answers that only one group of classes gives, as "tabby" is said of cats and "gothic" of churches: each group of Table 4 has a kind
-# (type), a family (subcategory) and a reason to be there (causal) of its own.  Only the stream teaches these words, so whoever
-# learns the next group's may lose the last one's: without them no class increment makes plain fine-tuning forget.
-JARGON = [row.split() for row in ("classic oak hungry", "deluxe finch lost", "smooth onyx cold", "fresh maple hiding", "local falcon tired",
-                                  "royal ruby playing", "sweet tulip waiting", "alpine comet resting")]
-# How often each type is asked: every type makes a task in QI.
-TYPE_SHARES = dict(zip(QUESTION_TYPES, [.14, .08, .08, .06, .08, .08, .10, .12, .18, .08]))
+# How often each type is asked: VQACL's training counts, flattened so that a rare type still makes a task in QI.
+TYPE_SHARES = dict(zip(QUESTION_TYPES, [.20, .08, .14, .08, .10, .08, .10, .08, .09, .05]))
 UPSTREAM = {"name": 3, "place": 2, "number": 2, "pose": 1.5, "color": 1, "pattern": 1, "size": .5, "is there": 2, "is colored": 2, "sort": 1,
             "ability": 2, "repeat": 1.5}                             # what pre-training says about a scene, and how often
 REGIONS, REGION_PIXELS = 6, 16                                       # up to four copies, one other object, the whole picture
@@ -270,11 +266,6 @@ REGIONS, REGION_PIXELS = 6, 16                                       # up to fou
 def kind_of(name):
     """COCO's super-category of a class."""
     return next(k for k, end in KINDS.items() if COCO_NAMES.index(name) < end)
-
-
-def jargon(name):
-    """(kind, family, reason) of the class's group."""
-    return next(words for words, group in zip(JARGON, COCO_GROUPS) if name in group)
 
 
 def _sprites():
@@ -387,17 +378,15 @@ def ask(rng, scene, kind):
     if kind == "color":
         return pick(["what color is the {}", "what is the color of the {}"]).format(name), scene["color"]
     if kind == "type":
-        if rng.random() < 0.5:
-            return pick(["what kind of pattern has the {}", "what type of pattern has the {}"]).format(name), scene["pattern"]
-        return pick(["what kind of {} is this", "what type of {} is it"]).format(name), jargon(name)[0]
+        return pick(["what kind of {} is this", "what type of {} is it"]).format(name), scene["pattern"]
     if kind == "subcategory":
-        return pick(["what family is this", "what family is the {} from"]).format(name), jargon(name)[1]
-    return pick(["why is the {} here", "why is this here"]).format(name), jargon(name)[2]
+        return pick(["what family is this", "what family is it from"]), kind_of(name)
+    return pick(["why is the {} here", "why is the {} in this place"]).format(name), REASONS[scene["place"]]
 
 
 def upstream_statement(rng, scene):
     """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the stream.
-    JARGON is what only the stream teaches; its words do occur, so that they can be said."""
+    The reasons of `causal` are facts that only the stream teaches; their words do occur, so that they can be said."""
     name, pick = scene["name"], rng.choice
     kind = rng.choices(list(UPSTREAM), list(UPSTREAM.values()))[0]
     if kind == "name":
@@ -433,7 +422,7 @@ _TEMPLATES = """what is the thing object this in picture shown where place there
 why here how many are can you eat ride alive need power wear play with one we see stands at background busy has pattern size
 sort repeat yes no"""
 MINI_WORDS = sorted({w for text in (_TEMPLATES, *COCO_NAMES, *COLORS, *PATTERNS, *POSES, *SIZES, *PLACES, *CELLS, *NUMBERS,
-                                    *KINDS, *map(" ".join, JARGON)) for w in text.split()})
+                                    *REASONS.values(), *KINDS) for w in text.split()})
 
 
 def region_pixels(image, boxes, jitter=None):
