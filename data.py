@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user gave is wrong.  The text is one line: what is wrong, where (file, line, key), and the mend."""
 
 
@@ -60,6 +60,10 @@ class Stream:
         if sorted(order) != list(range(len(self.tasks))):
             raise InputError(f"--order needs each of 0..{len(self.tasks) - 1} once, not {' '.join(map(str, order))}")
         return Stream([self.tasks[i] for i in order], self.notes, self.extra)
+
+    def mixed(self):
+        """All tasks as one, for joint training: their samples one after the other, in a list of one Task."""
+        return [Task("all tasks", *([s for task in self.tasks for s in getattr(task, k)] for k in ("train", "val", "test")))]
 
 
 # ------------------------------------------------------------------------------- visual question answering: shared parts
@@ -1537,6 +1541,11 @@ def main():
 
 
 if __name__ == "__main__":
-    import data                                                      # the copy whose InputError run_cli knows
-    import metrics
-    metrics.run_cli(data.main)
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except BrokenPipeError:                                          # the reader of the pipe has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

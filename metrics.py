@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -280,7 +281,8 @@ def paired(a, b):
     return {"difference": mean, "std": std, "wins": int((d > 0).sum()), "n": n, "p": p}
 
 
-# ------------------------------------------------------------------------------------- what a run leaves behind
+# ------------------------------------------------------------------------------------------------ files and pictures
+# Whatever is written appears whole or not at all, and every picture is drawn with Pillow, so that nothing else is needed.
 
 
 @contextlib.contextmanager
@@ -297,41 +299,203 @@ def atomic(path, mode="w"):
         part.unlink(missing_ok=True)
 
 
+def jsonable(x):
+    """x with arrays as lists and nan as None, so that any JSON reader takes it."""
+    if isinstance(x, dict):
+        return {str(k): jsonable(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [jsonable(v) for v in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    if isinstance(x, Path):
+        return str(x)
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def digest(x):
+    """Twelve hexadecimal digits that depend on all of x."""
+    return hashlib.sha256(json.dumps(jsonable(x), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _canvas(width, height, title):
+    from PIL import Image, ImageDraw, ImageFont
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(13)
+    draw.text((10, 8), title, fill="black")
+    return image, draw
+
+
 def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
     """Draw a matrix (R,C) as a PNG with Pillow; nan cells stay white.  rows, columns: labels.  Values are printed."""
-    from PIL import Image, ImageDraw
     A = np.asarray(A, float)
     R, C = A.shape
     rows, columns = rows or [str(i + 1) for i in range(R)], columns or [str(i + 1) for i in range(C)]
-    cell, left, top = 46, 12 + 7 * max(map(len, map(str, rows))), 54
-    image = Image.new("RGB", (left + cell * C + 8, top + 26 * R + 8), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((8, 6), title, fill="black")
-    for j, name in enumerate(columns):
-        draw.text((left + cell * j + 2, top - 26 + 12 * (j % 2)), str(name)[:12], fill="black")
+    cell, left, top = 52, 14 + 8 * max(map(len, map(str, rows))), 64
+    image, draw = _canvas(left + cell * C + 8, top + 28 * R + 8, title)
+    for j, name in enumerate(columns):                               # two lines, so that neighbours do not overlap
+        draw.text((left + cell * j + 2, top - 34 + 15 * (j % 2)), str(name)[:12], fill="black")
     for i, name in enumerate(rows):
-        draw.text((6, top + 26 * i + 7), str(name), fill="black")
+        draw.text((8, top + 28 * i + 6), str(name), fill="black")
         for j in range(C):
             if not np.isfinite(A[i, j]):
                 continue
             x = float(np.clip((A[i, j] - low) / (high - low or 1), 0, 1))
-            box = (left + cell * j, top + 26 * i, left + cell * (j + 1) - 2, top + 26 * (i + 1) - 2)
+            box = (left + cell * j, top + 28 * i, left + cell * (j + 1) - 2, top + 28 * (i + 1) - 2)
             draw.rectangle(box, fill=(int(247 - 239 * x), int(251 - 170 * x), int(255 - 99 * x)))
             text = f"{A[i, j]:.1f}" if high > 2 else f"{A[i, j]:.2f}"
-            draw.text((box[0] + 6, box[1] + 6), text, fill="white" if x > 0.55 else "black")
+            draw.text((box[0] + 8, box[1] + 5), text, fill="white" if x > 0.55 else "black")
+    with atomic(path, "wb") as f:
+        image.save(f, "PNG")
+
+
+def chart(labels, values, path, title="", lines=False):
+    """A bar for each label, as long as the mean of its values, with the standard deviation as a whisker; or, for the
+    figures of a paper that are lines, points joined from left to right.
+
+    labels: n strings.  values: n lists of floats, an empty one for what was not run.  Written to `path` as a PNG.
+    """
+    points = [mean_std(v) if len(v) else None for v in values]
+    known = [m + s * k for m, s in filter(None, points) for k in (-1, 1)] or [0.0, 1.0]
+    low, high = min(0.0, *known), max(known) * 1.02 or 1.0
+    if lines:                                                        # a line needs no zero
+        low = min(known) - 0.1 * (max(known) - min(known) or 1)
+    scale = lambda x: (x - low) / (high - low or 1)
+    blue, grey = (8, 81, 156), (120, 120, 120)
+    if lines:
+        width, height, left, bottom = 100 + 90 * len(labels), 360, 60, 310
+        image, draw = _canvas(width, height, title)
+        place = lambda i, x: (left + 45 + 90 * i, bottom - 250 * scale(x))
+        for x in np.linspace(low, high, 6):
+            y = place(0, x)[1]
+            draw.line((left, y, width - 10, y), fill=(225, 225, 225))
+            draw.text((8, y - 8), f"{x:.1f}", fill=grey)
+        there = [(i, p) for i, p in enumerate(points) if p]
+        draw.line([place(i, m) for i, (m, _) in there], fill=blue, width=2)
+        for i, (m, s) in there:
+            (x, y0), (_, y1) = place(i, m - s), place(i, m + s)
+            draw.line((x, y0, x, y1), fill=grey, width=2)
+            draw.ellipse((x - 4, place(i, m)[1] - 4, x + 4, place(i, m)[1] + 4), fill=blue)
+        for i, label in enumerate(labels):
+            draw.text((left + 12 + 90 * i, bottom + 14), str(label)[:13], fill="black")
+    else:
+        left = 24 + 8 * max(map(len, labels))
+        image, draw = _canvas(left + 480, 44 + 26 * len(labels), title)
+        for i, (label, point) in enumerate(zip(labels, points)):
+            y = 38 + 26 * i
+            draw.text((10, y), label, fill="black")
+            if point is None:
+                draw.text((left, y), "not run", fill=grey)
+                continue
+            x = lambda value: left + 380 * scale(value)
+            m, s = point
+            draw.rectangle((min(x(0), x(m)), y, max(x(0), x(m)), y + 16), fill=blue)
+            draw.line((x(m - s), y + 8, x(m + s), y + 8), fill=grey, width=3)
+            draw.text((max(x(m + s), x(0)) + 8, y), f"{m:.1f} ± {s:.1f}", fill="black")
     with atomic(path, "wb") as f:
         image.save(f, "PNG")
 
 
 def format_matrix(A, names):
-    """The lower triangle as text, one row per learned task, at most 100 columns wide."""
+    """The rows of A that are known as text, one per learned task, at most 100 columns wide."""
     A = np.asarray(A, float)
     width = max(5, min(9, 86 // max(1, A.shape[1]) - 1))
     lines = [" " * 13 + " ".join(f"{str(n)[:width]:>{width}}" for n in names[:A.shape[1]])]
     for name, row in zip(names, A):
-        lines.append(f"{str(name)[:12]:<12} " + " ".join(
-            f"{'' if np.isnan(x) else f'{x:.1f}':>{width}}" for x in row).rstrip())
+        if not np.isnan(row).all():
+            lines.append(f"{str(name)[:12]:<12} " + " ".join(
+                f"{'' if np.isnan(x) else f'{x:.1f}':>{width}}" for x in row).rstrip())
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------- models and time
+
+
+def from_pretrained(cls, name, flag, **more):
+    """cls.from_pretrained, with one clear line when the id or folder cannot be loaded."""
+    try:
+        return cls.from_pretrained(name, **more)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{flag} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:160]}); give a Hugging Face "
+                         "id (needs the network once) or a folder written by save_pretrained") from None
+
+
+@contextlib.contextmanager
+def one_clear_line():
+    """Around the making of a paper's module: its ValueError becomes the command line's one line."""
+    try:
+        yield
+    except ValueError as e:
+        raise InputError(str(e)) from None
+
+
+BACKBONES, SHIPPED = Path(__file__).resolve().parent / "backbones", 5
+
+
+def small_backbone(world, seed, config):
+    """The weights {name: float32 tensor} of the small backbone of a built-in world, from backbones/<world>-<seed>.safetensors.
+
+    config: everything its training depends on.  Raises InputError where the file is missing, broken, or made for another.
+    """
+    from safetensors import SafetensorError, safe_open
+    path = BACKBONES / f"{world}-{seed}.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} is missing: seeds 0 to {SHIPPED - 1} are shipped, --pretrain --backbone-seed {seed} "
+                         "makes this one (up to half an hour)")
+    try:
+        with safe_open(path, "pt") as f:
+            made_for, names = (f.metadata() or {}).get("config"), list(f.keys())
+            tensors = {k: f.get_tensor(k) for k in names}
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} is not a whole safetensors file ({e}); check it out again, or make it with --pretrain")
+    if made_for != digest(config):
+        raise InputError(f"{path} was made for another configuration or world; check it out again, or make it anew with "
+                         f"--pretrain --backbone-seed {seed}")
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def keep_small_backbone(world, seed, config, tensors, **about):
+    """Write such a file in half precision.  about: what else its metadata says (version of the world, minutes, bounds)."""
+    import torch
+    from safetensors.torch import save
+    half = {k: v.detach().cpu().to(torch.float16 if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
+    about = {k: v if isinstance(v, str) else json.dumps(jsonable(v)) for k, v in {"config": digest(config), **about}.items()}
+    with atomic(BACKBONES / f"{world}-{seed}.safetensors", "wb") as f:
+        f.write(save(half, metadata=about))
+
+
+def fit(text, loss_of, optimizer, schedule, steps, grad_clip=math.inf, quiet=False):
+    """The loop of every pre-training: loss_of(step) -> (), one optimiser step each, a progress bar."""
+    import torch
+    from tqdm import tqdm
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    bar = tqdm(range(steps), desc=text, leave=False, mininterval=5, disable=quiet)
+    for step in bar:
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if grad_clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def seconds(device, *jobs, repeats=7):
+    """The median time of each job in seconds, for --bench.  Jobs run in turns that change order from round to round, so
+    that a machine's moods fall on all of them alike; the first round warms up and does not count."""
+    import torch
+    wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+    times, dice = [[] for _ in jobs], random.Random(0)
+    for r in range(repeats + 1):
+        for job, mine in dice.sample([*zip(jobs, times)], len(jobs)):
+            wait()
+            start = time.perf_counter()
+            job()
+            wait()
+            mine += [time.perf_counter() - start] * (r > 0)
+    return [float(np.median(t)) for t in times]
 
 
 def environment():
@@ -363,28 +527,51 @@ def peak_memory_mb():
         return float("nan")
 
 
-class Run:
-    """One folder, one run: log.jsonl, checkpoint.pt, results.json, matrix.csv, matrix.png, prompts.safetensors.
+# ------------------------------------------------------------------------------------ a run, and what it leaves behind
 
-    args: a flat dict that decides the outcome.  resume=True needs the same args and continues; resume=False starts anew, and
-    moves another run's files to <folder>/before.<n>; only a finished run of the same args is replaced.
+
+class Run:
+    """One folder, one run: where it stands, and what it leaves behind.
+
+    The loop of a script reads like the paper's protocol, and everything that a killed run needs to go on lives here:
+
+        run.restore(method=method)                                   # the tensors of a run that was killed
+        for t, task in run.tasks(stream.tasks):                      # tasks that are not finished yet
+            if run.fresh:                                            # unless the killed run had begun it
+                method.begin_task(t)
+            for epoch in run.epochs(n, learning, optimizer):         # in learn_task: epochs that are not done yet
+                ...
+                run.keep(loss, score)                                # ends an epoch: log, best weights, checkpoint
+            run.row(scores)                                          # the next row of the accuracy matrix
+
+    folder   gets log.jsonl, checkpoint.pt, results.json, matrix.csv, matrix.png, prompts.safetensors
+    args     a flat dict that decides the outcome     names   of the T tasks     A   (T,T), nan where not known
+    kept     a dict for whatever else must survive a kill: numbers, strings, lists, dicts
+    resume=True needs the same args and goes on; resume=False starts anew and moves another run's files to
+    <folder>/before.<n>; only a finished run of the same args is replaced.
     Raises InputError for a checkpoint of other arguments.
     """
 
     FILES = ("checkpoint.pt", "log.jsonl", "results.json", "matrix.csv", "matrix.png", "prompts.safetensors")
 
-    def __init__(self, folder, args, resume=False):
-        self.folder, self.args, self.start, self.before = Path(folder), dict(args), time.time(), 0.0
+    def __init__(self, folder, args, names=(), resume=False, quiet=False):
+        self.folder, self.args, self.names, self.quiet = Path(folder), dict(args), list(names), quiet
+        self.start, self.before, self.lines, self.modules = time.time(), 0.0, 0, {}
+        self.A, self.kept = np.full((len(self.names),) * 2, np.nan), {}
+        # the cursor: task, part of it (a subtask), epochs done, whether the task was begun, best epoch, optimiser
+        self.stage, self.part, self.epoch, self.begun, self.best, self.optimizer = 0, 0, 0, False, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = self._load() if resume else None
         if self.state is None:
             self._make_room()
-        else:
-            self.before = self.state["minutes"]
-            lines = (self.folder / "log.jsonl").read_text().splitlines() if (self.folder / "log.jsonl").exists() else []
-            with atomic(self.folder / "log.jsonl") as f:             # drop the lines written after the last checkpoint
-                f.writelines(line + "\n" for line in lines[:self.state["log_lines"]])
-        self.lines = self.state["log_lines"] if self.state else 0
+            return
+        for k in ("stage", "part", "epoch", "begun", "best", "kept", "before", "lines"):
+            setattr(self, k, self.state[k])
+        self.A = np.array(self.state["A"], float).reshape(self.A.shape)
+        log = self.folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        with atomic(log) as f:                                       # drop what was written after the last checkpoint
+            f.writelines(line + "\n" for line in lines[:self.lines])
 
     def _make_room(self):
         old, files = finished(self.folder), [f for name in self.FILES if (f := self.folder / name).exists()]
@@ -415,6 +602,87 @@ class Run:
                              f"{old.get(k)!r}, now {self.args.get(k)!r}); use the same, another --out, or no --resume")
         return state
 
+    def restore(self, **modules):
+        """Names the modules whose tensors a checkpoint holds; in a resumed run they get back what they held."""
+        import torch
+        self.modules = modules
+        if self.state is None:
+            return
+        for name, module in modules.items():
+            module.load_state_dict(self.state["modules"][name])
+        torch.set_rng_state(self.state["rng"][0])
+        if torch.cuda.is_available() and len(self.state["rng"]) > 1:
+            torch.cuda.set_rng_state(self.state["rng"][1])
+
+    @property
+    def fresh(self):
+        """False where a killed run had already begun the task: then begin_task must not come again."""
+        return not self.begun
+
+    def tasks(self, lessons):
+        """Yields (t, lesson) of those that an earlier, killed run has not finished."""
+        while self.stage < len(lessons):
+            yield self.stage, lessons[self.stage]
+            self.stage, self.part, self.epoch, self.begun = self.stage + 1, 0, 0, False
+            self.checkpoint()
+
+    def parts(self, lessons):
+        """Yields (s, subtask) of those of this task that are not finished."""
+        while self.part < len(lessons):
+            yield self.part, lessons[self.part]
+            self.part, self.epoch = self.part + 1, 0
+            self.checkpoint()
+
+    def epochs(self, n, learning, optimizer, name=""):
+        """Yields the epochs, from 0, that are not done; the body must end with keep().  Afterwards the best weights are back.
+
+        learning: {name: parameter} of all that learns now.  name: of the task or subtask, for the progress bar.
+        """
+        import torch
+        if self.epoch and self.state and self.state["optimizer"]:
+            optimizer.load_state_dict(self.state["optimizer"])
+        else:
+            self.best = None
+        self.begun, self.learning, self.optimizer = True, learning, optimizer
+        while self.epoch < n:
+            self.where = f"task {self.stage + 1}/{len(self.names)} {name[:16]} epoch {self.epoch + 1}/{n}"
+            yield self.epoch
+        if self.best:
+            with torch.no_grad():
+                for k, value in self.best["weights"].items():
+                    learning[k].copy_(value)
+        self.state = self.best = self.optimizer = None
+
+    def bar(self, steps):
+        """A progress bar over the steps of an epoch: a list, or anything else with a length."""
+        from tqdm import tqdm
+        return tqdm(steps, desc=self.where, leave=False, mininterval=1, disable=self.quiet)
+
+    def check(self, loss, step, optimizer):
+        """Raises InputError where the loss () is not finite."""
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at {self.where}, step {step + 1}, lr {optimizer.param_groups[0]['lr']:g}; "
+                             "use a smaller --lr (or --dtype fp32)")
+
+    def keep(self, loss, score=None):
+        """Ends an epoch.  score: on validation, higher is better; the later of equals is kept.  None: the last epoch is."""
+        if score is not None and (self.best is None or score >= self.best["score"]):
+            self.best = {"score": score, "weights": {k: p.detach().cpu().clone() for k, p in self.learning.items()}}
+        self.log(task=self.stage, subtask=self.part, epoch=self.epoch, loss=loss, score=score, minutes=self.minutes)
+        self.epoch += 1
+        self.checkpoint()
+
+    def row(self, scores):
+        """Scores on the first n tasks are row n of the accuracy matrix."""
+        n = len(scores)
+        self.A[n - 1, :n] = scores
+        self.say(f"\nafter {'all tasks' if n - 1 != self.stage else self.names[n - 1]}\n"
+                 f"{format_matrix(self.A[:n], self.names)}")
+
+    def say(self, text):
+        if not self.quiet:
+            print(text, flush=True)
+
     @property
     def minutes(self):
         return self.before + (time.time() - self.start) / 60
@@ -425,45 +693,35 @@ class Run:
             f.write(json.dumps(jsonable(row)) + "\n")
         self.lines += 1
 
-    def checkpoint(self, **state):
-        """Write checkpoint.pt atomically; tensors, numbers, strings, lists and dicts only (read with weights_only=True)."""
+    def checkpoint(self):
+        """Write checkpoint.pt atomically: tensors, numbers, strings, lists and dicts (read with weights_only=True)."""
         import torch
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        state = {k: getattr(self, k) for k in ("stage", "part", "epoch", "begun", "best", "kept", "lines", "args")}
         with atomic(self.folder / "checkpoint.pt", "wb") as f:
-            torch.save({**state, "args": self.args, "log_lines": self.lines, "minutes": self.minutes}, f)
+            torch.save({**state, "A": self.A.tolist(), "before": self.minutes, "rng": rng,
+                        "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+                        "modules": {k: m.state_dict() for k, m in self.modules.items()}}, f)
 
-    def finish(self, A, names, metrics, prompts=None, title="", **more):
-        """Write results.json, matrix.csv and matrix.png, and prompts.safetensors if given.  Returns what results.json holds."""
-        A = np.asarray(A, float)
+    def finish(self, values, prompts=None, title="", **more):
+        """Write results.json, matrix.csv and matrix.png, and prompts.safetensors if given; returns what results.json holds.
+
+        values: {metric: float}.  prompts: {name: tensor}.  more: what else results.json shall hold.
+        """
         with atomic(self.folder / "matrix.csv") as f:
             out = csv.writer(f)
-            out.writerow(["after"] + list(names))
-            out.writerows([name, *("" if np.isnan(x) else f"{x:.4f}" for x in row)] for name, row in zip(names, A))
-        heat_map(A, self.folder / "matrix.png", list(names), list(names), title)
+            out.writerow(["after", *self.names])
+            out.writerows([name, *("" if np.isnan(x) else f"{x:.4f}" for x in row)] for name, row in zip(self.names, self.A))
+        heat_map(self.A, self.folder / "matrix.png", self.names, self.names, title)
         if prompts:
             from safetensors.torch import save                       # comes with transformers
             with atomic(self.folder / "prompts.safetensors", "wb") as f:
                 f.write(save({k: v.detach().cpu().contiguous() for k, v in prompts.items()}))
-        results = jsonable({"metrics": metrics, "matrix": A, "tasks": list(names), "minutes": self.minutes,
+        results = jsonable({"metrics": values, "matrix": self.A, "tasks": self.names, "minutes": self.minutes,
                             "peak_memory_mb": peak_memory_mb(), "args": self.args, **more, "environment": environment()})
         with atomic(self.folder / "results.json") as f:
             json.dump(results, f, indent=1)
         return results
-
-
-def jsonable(x):
-    """x with arrays as lists and nan as None, so that any JSON reader takes it."""
-    if isinstance(x, dict):
-        return {str(k): jsonable(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)):
-        return [jsonable(v) for v in x]
-    if isinstance(x, (np.generic,)):
-        x = x.item()
-    if isinstance(x, Path):
-        return str(x)
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-# ------------------------------------------------------------------------------ several seeds, the papers' tables
 
 
 def finished(folder):
@@ -474,111 +732,265 @@ def finished(folder):
         return None
 
 
+# ------------------------------------------------------------------------------ several seeds, the papers' tables
+# A run of a script is a set of arguments with one seed (and, where the data has folds, one fold).  Both generators below
+# yield such arguments and the folder of the run; the script's loop makes the run.
+
+
+def _repetitions(args):
+    """[{"seed": 0}, ...] or [{"fold": 0, "seed": 0}, ...]"""
+    folds = getattr(args, "folds", None)
+    return [{**({"fold": fold} if folds else {}), "seed": seed} for fold in folds or [0] for seed in args.seeds]
+
+
+def repetitions(args, settle):
+    """Yields (arguments, folder) for every fold and seed: the run folder itself for one, else a folder each inside it.
+
+    settle(arguments) -> arguments with the defaults filled in that depend on others.
+    """
+    jobs = _repetitions(args)
+    for job in jobs:
+        name = "-".join(f"{k}{v}" for k, v in job.items())
+        yield settle(argparse.Namespace(**{**vars(args), **job})), Path(args.out) / name if len(jobs) > 1 else Path(args.out)
+
+
 def spread(values):
     """"mean ± standard deviation" of several values, one value alone, "-" for none."""
     return "{:.2f} ± {:.2f}".format(*mean_std(values)) if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
 
 
-def last_line(name, results, jobs, columns):
-    """One line to copy: the columns (mean ± standard deviation over runs), the jobs, minutes, peak memory."""
+def last_line(name, results, columns):
+    """One line to copy: the columns (mean ± standard deviation over runs), folds and seeds, minutes, peak memory."""
     values = {k: [r["metrics"][k] for r in results] for k in columns if k in results[0]["metrics"]}
-    flags = {k: list(dict.fromkeys(str(job[k]) for job in jobs)) for k in jobs[0]}
+    flags = {k: list(dict.fromkeys(str(r["args"][k]) for r in results)) for k in ("fold", "seed") if k in results[0]["args"]}
     return f"{name}: " + " | ".join([f"{k} {spread(v)}" for k, v in values.items()] +
                                     [f"{k}{'s' * (len(v) > 1)} {' '.join(v)}" for k, v in flags.items()] +
                                     [f"{sum(r['minutes'] for r in results):.1f} min",
                                      f"peak {max(r['peak_memory_mb'] for r in results):.0f} MiB"])
 
 
-def run_jobs(name, jobs, run, folder, columns):
-    """run(job, folder) for every job, a dict of flags such as {"seed": 0}; a line each.  Several get a folder each in `folder`, a
-    results.json of their means and standard deviations, and a line for all.  Returns what the runs return, a list."""
-    folder, results = Path(folder), []
-    for job in jobs:
-        results.append(run(job, folder / "-".join(f"{k}{v}" for k, v in job.items()) if len(jobs) > 1 else folder))
-        print(last_line(name, results[-1:], [job], columns))
-    if len(jobs) > 1:
-        both = {k: dict(zip(("mean", "std"), mean_std([r["metrics"][k] for r in results]))) for k in results[0]["metrics"]}
-        with atomic(folder / "results.json") as f:
-            json.dump(jsonable({"metrics": both, "jobs": jobs, "runs": [r["metrics"] for r in results]}), f, indent=1)
-        print(last_line(name, results, jobs, columns))
-    return results
+def keep_means(folder, results):
+    """results.json of several runs: the mean and standard deviation (ddof 1) of every metric, and each run's own."""
+    both = {k: dict(zip(("mean", "std"), mean_std([r["metrics"][k] for r in results]))) for k in results[0]["metrics"]}
+    with atomic(Path(folder) / "results.json") as f:
+        json.dump(jsonable({"metrics": both, "runs": [{**{k: r["args"][k] for k in ("fold", "seed") if k in r["args"]},
+                                                       **r["metrics"]} for r in results]}), f, indent=1)
 
 
-def run_table(args, title, rows, jobs, settle, run, folder, columns, compare, against, paper, only=None, more=lambda done: []):
-    """Every row x job of a table of a paper beside the paper's numbers: printed, and table<name>.md and .json in `folder`.
+RESULTS = Path(__file__).resolve().parent / "results"
 
-    rows     [(label, changes, numbers)]: the flags that make a row, and what the paper prints, a tuple or None
-    jobs     [{"seed": 0}, ...]: the flags that make a repetition
-    args     of the command line; a run has them with its row's changes and its job
-    settle   args of a run -> (args, deciding): with the defaults that depend on others, and the dict of those that decide its outcome
-    run      args, folder -> what results.json holds
-    columns  the metrics shown; compare: those compared with the row against(label), paired over jobs
-    paper    heading of the paper's numbers      only: the labels to run, None for all; others are shown where finished
-    more     {label: {job's values: results}} -> further lines
 
-    A run lies in runs/<method>-<job>-<digest of deciding>: rows with equal flags share it, between tables too; what is finished
-    is not run again, so a stopped table goes on; processes may share `folder` (the last word has a call with all jobs).
-    Raises InputError for a label that is not there.
+def worth(script, world, labels, column):
+    """What a score on a built-in world is worth: the bounds on the same world and setting, as one line, "" if not on file.
+
+    labels: {word: row of results/<script>/tablebounds.json}.  column: the metric, or {word: metric}.
     """
-    folder, name, labels, plan = Path(folder), args.table, [label for label, *_ in rows], []
-    if {*(only or ())} - {*labels}:
-        raise InputError(f"--rows of table {name} are: {', '.join(labels)}")
-    for job, (label, changes, _) in itertools.product(jobs, rows):
-        one, deciding = settle(argparse.Namespace(**{**vars(args), **changes, **job, "quiet": True, "resume": True}))
-        digest = hashlib.sha256(json.dumps(jsonable(deciding), sort_keys=True).encode()).hexdigest()[:10]
-        plan.append((label, tuple(job.values()), one,
-                     folder / "runs" / "-".join([one.method, *(f"{k}{v}" for k, v in job.items()), digest])))
-
-    def write():
-        done = {label: {job: r for l, job, _, where in plan if l == label and (r := finished(where))} for label in labels}
-        lines, content = format_table(rows, done, columns, compare, against, paper)
-        lines = [title, "", *lines, *more(done)]
-        with atomic(folder / f"table{name}.json") as f:
-            json.dump(jsonable({"title": title, "jobs": list(jobs[0]), "rows": content}), f)
-        with atomic(folder / f"table{name}.md") as f:
-            f.write("\n".join(lines) + "\n")
-        return "\n".join(lines)
-    todo = [p for p in plan if (only is None or p[0] in only) and not finished(p[3])]
-    for n, (label, job, one, where) in enumerate(todo):
-        if not finished(where):                                      # a row before it, or a process beside, may share it
-            result = run(one, where)
-            print(f"[{n + 1}/{len(todo)}] " + last_line(label, [result], [dict(zip(jobs[0], job))], columns), flush=True)
-            (where / "checkpoint.pt").unlink(missing_ok=True)
-            write()
-    print(write())
+    try:
+        rows = {r["label"]: r["runs"] for r in json.loads((RESULTS / script / "tablebounds.json").read_text())["rows"]}
+    except (OSError, ValueError, KeyError):
+        return ""
+    words = []
+    for word, label in labels.items():
+        k = column if isinstance(column, str) else column[word]
+        values = [r["metrics"][k] for r in rows.get(label, ()) if r.get("world") == world and k in r["metrics"]]
+        words += [f"{word} {np.mean(values):.1f}"] * bool(values)
+        n = len(values)
+    return f"for comparison on {world}: {', '.join(words)} (mean of {n} seeds, results/{script}/tablebounds.md)" if words else ""
 
 
-def format_table(rows, done, columns, compare, against, paper):
-    """(lines of Markdown, rows for JSON) of run_table: mean ± standard deviation (ddof 1) over runs, and paired differences."""
-    refs = " or ".join(dict.fromkeys(x for x in map(against, done) if x in done))
-    compare = compare if refs else ()
-    head = [*columns, *(f"{k} minus that of {refs}" for k in compare), *([f"paper: {paper}"] if paper else []), "runs", "min"]
-    lines, content = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"], []
-    for label, changes, numbers in rows:
-        runs, ref = done[label], done.get(against(label), {})
-        row = {"label": label, "changes": changes, "paper": numbers, "against": {}, "runs": [
-            {"job": job, **{k: r[k] for k in ("metrics", "matrix", "minutes")}, **{k: r["environment"][k] for k in ("commit", "hardware")}}
-            for job, r in runs.items()]}
-        values = {k: [r["metrics"][k] for r in runs.values() if r["metrics"].get(k) is not None] for k in columns}
-        cells, both = [spread(values[k]) if runs else "not run" for k in columns], [job for job in runs if job in ref]
-        for k in compare:
-            if against(label) in (None, label) or not both:
-                cells.append("-")
-                continue
-            d = row["against"][k] = paired(*([x[job]["metrics"][k] for job in both] for x in (runs, ref)))
-            cells.append(f"{d['difference']:+.2f} ± {d['std']:.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
-        cells += [" / ".join("-" if x is None else f"{x:g}" for x in numbers) if numbers else "-"] if paper else []
-        cells += [str(len(runs)), f"{np.mean([r['minutes'] for r in runs.values()]):.1f}" if runs else "-"]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        content.append(row)
-    made = [r for row in content for r in row["runs"]]
-    lines += ["", "Mean ± standard deviation over runs. " + ("Differences: paired (in how many higher/pairs, p of the two-sided sign-flip "
-              "test). " if compare else "") + f"Commits {', '.join(sorted({r['commit'] for r in made})) or 'none'}; "
-              f"{', '.join(sorted({r['hardware'] for r in made})) or 'nothing run'}."]
-    return lines, content
+class Table:
+    """A table or figure of a paper: a run for every row and repetition, shown beside the paper's numbers.
+
+    title, against, rows   an entry of a script's TABLES.  rows: [(label, changes, numbers)]: the arguments that make a row,
+                           and what the paper prints, a tuple or None.  against: the label that others are compared with,
+                           paired over repetitions; "{}" in it stands for the first word of a row's label; None compares none
+    columns   the metrics shown     compare   those compared     paper   heading of the paper's numbers
+    lines     draw the chart as a line (the figures of a paper) and not as bars
+
+    A run lies in runs/<method>-<seed>-<digest of what decides it>: rows with equal arguments share it, between tables too;
+    what is finished is not run again, so a stopped table goes on, and several processes may share a folder.
+    Raises InputError for a label in --rows that is not there.
+    """
+
+    def __init__(self, args, settle, title, against, rows, columns, compare, paper, lines=False):
+        self.args, self.folder, self.title, self.against, self.rows = args, Path(args.out), title, against, rows
+        self.columns, self.compare, self.paper, self.lines, self.plan = columns, compare, paper, lines, []
+        labels = [label for label, *_ in rows]
+        if {*(args.rows or ())} - {*labels}:
+            raise InputError(f"--rows of table {args.table} are: {', '.join(labels)}")
+        for job, (label, changes, _) in itertools.product(_repetitions(args), rows):
+            one = settle(argparse.Namespace(**{**vars(args), **changes, **job, "quiet": True, "resume": True}))
+            name = "-".join([one.method, *(f"{k}{v}" for k, v in job.items()), digest(deciding(one))])
+            self.plan.append((label, tuple(job.values()), one, self.folder / "runs" / name))
+
+    def missing(self):
+        """Yields (arguments, folder) of the runs that are not finished; after each the table is written anew."""
+        todo = [p for p in self.plan if (not self.args.rows or p[0] in self.args.rows) and not finished(p[3])]
+        for n, (label, _, one, where) in enumerate(todo):
+            if not finished(where):                                  # a row before it, or a process beside, may share it
+                yield one, where
+                print(f"[{n + 1}/{len(todo)}] " + last_line(label, [finished(where)], self.columns), flush=True)
+                (where / "checkpoint.pt").unlink(missing_ok=True)
+                self.write()
+
+    def done(self):
+        """{label: {repetition: results}} of what is finished."""
+        labels = dict.fromkeys(label for label, *_ in self.plan)
+        return {x: {job: r for label, job, _, where in self.plan if label == x and (r := finished(where))} for x in labels}
+
+    def reference(self, label):
+        return self.against.format(label.split()[0]) if self.against else None
+
+    def write(self, more=()):
+        """table<name>.md, .json and .png in the folder; returns the text.  more: further lines of Markdown."""
+        name, done = self.args.table, self.done()
+        lines, content = self._format(done)
+        text = "\n".join([self.title, "", *lines, *more])
+        with atomic(self.folder / f"table{name}.json") as f:
+            json.dump(jsonable({"title": self.title, "rows": content}), f)
+        with atomic(self.folder / f"table{name}.md") as f:
+            f.write(text + "\n")
+        first = self.columns[0]
+        chart([label for label, *_ in self.rows], [[r["metrics"][first] for r in done[label].values()] for label, *_ in self.rows],
+              self.folder / f"table{name}.png", f"{self.title.split(';')[0]}: {first}", self.lines)
+        return text
+
+    def _format(self, done):
+        """(lines of Markdown, rows for JSON): mean ± standard deviation (ddof 1) over runs, and paired differences."""
+        refs = " or ".join(dict.fromkeys(x for x in map(self.reference, done) if x in done))
+        compare = self.compare if refs else ()
+        head = [*self.columns, *(f"{k} minus that of {refs}" for k in compare),
+                *([f"paper: {self.paper}"] if self.paper else []), "runs", "min"]
+        lines, content = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"], []
+        for label, changes, numbers in self.rows:
+            runs, ref = done[label], done.get(self.reference(label), {})
+            row = {"label": label, "changes": changes, "paper": numbers, "against": {}, "runs": [
+                {"job": job, "world": r.get("world"), **{k: r[k] for k in ("metrics", "matrix", "minutes")},
+                 **{k: r["environment"][k] for k in ("commit", "hardware")}} for job, r in runs.items()]}
+            values = {k: [r["metrics"][k] for r in runs.values() if r["metrics"].get(k) is not None] for k in self.columns}
+            cells, both = [spread(values[k]) if runs else "not run" for k in self.columns], [job for job in runs if job in ref]
+            for k in compare:
+                if self.reference(label) in (None, label) or not both:
+                    cells.append("-")
+                    continue
+                d = row["against"][k] = paired(*([x[job]["metrics"][k] for job in both] for x in (runs, ref)))
+                cells.append(f"{d['difference']:+.2f} ± {d['std']:.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
+            if self.paper:
+                cells.append(" / ".join("-" if x is None else f"{x:g}" for x in numbers) if numbers else "-")
+            cells += [str(len(runs)), f"{np.mean([r['minutes'] for r in runs.values()]):.1f}" if runs else "-"]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            content.append(row)
+        made = [r for row in content for r in row["runs"]]
+        said = "Differences: paired (in how many higher/pairs, p of the two-sided sign-flip test). " if compare else ""
+        lines += ["", f"Mean ± standard deviation over runs. {said}Commits "
+                  f"{', '.join(sorted({r['commit'] for r in made})) or 'none'}; "
+                  f"{', '.join(sorted({r['hardware'] for r in made})) or 'nothing run'}."]
+        return lines, content
 
 
 # ------------------------------------------------------------------------------------------------- command line
+# Flags that the three scripts share are declared and checked here, once.
+
+
+def _number(kind, good, what):
+    """An argparse type: a finite number for which good(x) holds."""
+    def read(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not (math.isfinite(x) and good(x)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return x
+    return read
+
+
+positive = _number(int, lambda x: 0 < x < 2 ** 31, "a whole number from 1 on")
+natural = _number(int, lambda x: 0 <= x < 2 ** 31, "a whole number from 0 on")
+above_zero = _number(float, lambda x: x > 0, "a number above 0")
+finite = _number(float, lambda x: True, "a finite number")
+share = _number(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
+YES_NO = argparse.BooleanOptionalAction
+# What does not decide a run's outcome: where it is written, where it is computed, what else is run.
+FREE = {"out", "resume", "quiet", "seeds", "folds", "device", "table", "rows", "bench", "pretrain"}
+
+
+def shared_flags(description, methods, tables, data, backbone, **defaults):
+    """An argparse parser with the flags that all three scripts have.  methods, tables: their names, the paper's first.
+
+    data, backbone: help texts.  defaults: of a script, such as epochs=5; None where it depends on other flags.
+    """
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("what to run")
+    g.add_argument("--method", default=[*methods][0], choices=[*methods], help="the paper's; bounds (none: frozen, finetune, "
+                   "joint); compared methods")
+    g.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one run each; more than one: mean ± std")
+    g.add_argument("--order", type=natural, nargs="+", help="a permutation of the tasks, from 0")
+    g.add_argument("--table", choices=[*tables], help="run a table or figure of the paper, show both; goes on if stopped")
+    g.add_argument("--rows", nargs="+", help="with --table: run these rows only, by label; finished others are shown")
+    g.add_argument("--bench", default=False, action=YES_NO, help="parameters, memory and time against the frozen backbone")
+    g.add_argument("--pretrain", default=False, action=YES_NO, help="make the small backbone of --backbone-seed anew")
+    g.add_argument("--smoke", default=False, action=YES_NO, help="everything once and tiny: does it run?")
+    g.add_argument("--resume", default=False, action=YES_NO, help="go on from the last finished epoch")
+    g.add_argument("--quiet", default=False, action=YES_NO, help="print the last lines only")
+    g.add_argument("--out", help="run folder; default runs/<script>...")
+    g = p.add_argument_group("data and backbone")
+    g.add_argument("--data", default="mini", help=data)
+    g.add_argument("--root", help="folder with the files of --data")
+    g.add_argument("--backbone", default="mini", help=backbone)
+    g.add_argument("--backbone-seed", type=natural, help="which of the small backbones; default: the run's seed modulo "
+                   f"{SHIPPED}, so that ± holds the backbone's spread too")
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=positive, help="per task")
+    g.add_argument("--batch", type=positive, help="samples a step")
+    g.add_argument("--eval-batch", type=positive, default=200, help="samples at a time when answering")
+    g.add_argument("--lr", type=above_zero, help="learning rate of prompts and keys; default: the method's own")
+    g.add_argument("--grad-clip", type=above_zero, default=1.0, help="largest gradient norm")
+    g.add_argument("--split", default="test", choices=["test", "val"], help="what is scored; val is to choose settings on")
+    g.add_argument("--device", help="cuda, cuda:<n>, mps or cpu; default: the first there is")
+    g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen model; prompts stay fp32")
+    p.set_defaults(**defaults)
+    return p
+
+
+def settle_shared(args):
+    """Fills in and checks what the shared flags leave open, for one run with args.seed.  Raises InputError."""
+    import torch
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:
+        raise InputError(f"--device is cuda, cuda:<n>, mps or cpu, not {args.device!r}") from None
+    if {"cuda": not cuda, "mps": not mps}.get(kind):
+        raise InputError(f"--device {args.device}: there is none on this machine; use --device cpu")
+    if args.backbone_seed is None:
+        args.backbone_seed = args.seed % SHIPPED
+    return args
+
+
+def check_shared(args):
+    """What can be said before anything is run.  Raises InputError."""
+    if len({*args.seeds}) < len(args.seeds):
+        raise InputError("--seeds must not repeat a number: the same run twice is no second measurement")
+    if args.rows and not args.table:
+        raise InputError("--rows needs --table")
+    return args
+
+
+def prepare(args, small):
+    """Before anything random: one order of sums, and one thread where the matrices are so small that two only wait for
+    each other.  So the same command gives the same figures, whatever the number of threads.  small: is the model small?"""
+    import torch
+    torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts add up in a fixed order
+    if small and args.device == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+
+
+def deciding(args):
+    """The arguments that decide a run's outcome, for results.json, --resume and tables: a flat dict."""
+    return jsonable({k: v for k, v in sorted(vars(args).items()) if k not in FREE})
 
 
 def run_cli(main):
