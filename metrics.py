@@ -1,10 +1,13 @@
 """Every metric of the three papers, answer scoring, and what a run leaves behind.
 
-The accuracy matrix.  A is a float array (T,T): A[t,i] = score on task i after learning task t, nan above the diagonal.
-T tasks, indices from 0, scores in points (0..100).  Every function below is pure: it never edits what it is given.
+The accuracy matrix.  A is a float array (T,T): A[t,i] = score on task i after learning task t, nan above the
+diagonal.  T tasks, indices from 0, scores in points (0..100).  Every function on it is pure: it never edits what it
+is given.
 
-Sources   MM-Prompt, arXiv 2505.19455v1, sections 4.1, A, B (Eq. 12-13)     ModalPrompt, arXiv 2410.05849v2, appendix A
-          missing modalities, arXiv 2503.00528, section 4.1                  VQA evaluation, Antol et al. 2015
+Sources   MM-Prompt, arXiv 2505.19455v1, sections 4.1, A, B (Eq. 12-13)
+          ModalPrompt, arXiv 2410.05849v2, appendix A
+          missing modalities, arXiv 2503.00528, section 4.1
+          VQA evaluation, Antol et al. 2015
 """
 import argparse
 import contextlib
@@ -28,7 +31,7 @@ import numpy as np
 
 from data import InputError, parse_box
 
-# ------------------------------------------------------------------------------------------ the accuracy matrix
+# ======================================================================================== the accuracy matrix
 
 
 def _matrix(A):
@@ -42,16 +45,17 @@ def _matrix(A):
 
 
 def average_accuracy(A):
-    """A = 1/T sum_t A[T,t]: the mean of the last row, a float.  MM-Prompt section 4.1; AA of the missing-modality paper."""
+    """A = 1/T sum_t A[T,t]: the mean of the last row, a float.  MM-Prompt section 4.1; AA of missing modalities."""
     return float(_matrix(A)[-1].mean())
 
 
 def forgetting(A, best="earlier"):
-    """F = 1/(T-1) sum_{t<T} (best score on task t before the end - A[T,t]), a float; 0.0 for one task; may be negative.
+    """F = 1/(T-1) sum_{t<T} (best score on task t before the end - A[T,t]), a float; 0.0 for one task.
 
     best="earlier"  max over the rows t..T-1: Chaudhry et al. 2018, what MM-Prompt's code computes; FM(max).
-    best="own"      max over the rows 1..t, as MM-Prompt's section 4.1 prints it.  Rows before t are nan unless future
-                    tasks were evaluated, so it is the diagonal A[t,t]: FM(diag), minus backward transfer.
+    best="own"      max over the rows 1..t, as MM-Prompt's section 4.1 prints it.  Rows before t are nan unless
+                    future tasks were evaluated, so it is the diagonal A[t,t]: FM(diag), minus backward transfer.
+    It may be negative: learning one task can help another.
     """
     A = _matrix(A)
     T = len(A)
@@ -64,9 +68,10 @@ def forgetting(A, best="earlier"):
 
 
 def intra_forgetting(matrices, best="earlier"):
-    """F_intra: the mean of `forgetting` over the outer tasks, each with the (S,S) matrix of its own subtasks, a float.
+    """F_intra: the mean of `forgetting` over the outer tasks, each with the (S,S) matrix of its own subtasks.
 
-    MM-Prompt names it "logically similar" to F_inter and prints no formula (section 4.1); this is the literal reading.
+    MM-Prompt names it "logically similar" to F_inter and prints no formula (section 4.1); this is the literal
+    reading.  A float.
     """
     return float(np.mean([forgetting(A, best) for A in matrices]))
 
@@ -77,14 +82,17 @@ def last(A):
 
 
 def avg(A):
-    """Avg_i = 1/(T-i) sum_{t>i} A[t,i], an array (T-1,): the diagonal is left out, the last task has none.  Appendix A."""
+    """Avg_i = 1/(T-i) sum_{t>i} A[t,i], an array (T-1,).  ModalPrompt, appendix A.
+
+    The diagonal is left out, so the last task has none."""
     A = _matrix(A)
     return np.array([A[i + 1:, i].mean() for i in range(len(A) - 1)])
 
 
 def backward_transfer(A):
-    """B_t = 1/(t-1) sum_{i<t} (A[i,i] - A[t,i]) for t = 2..T, an array (T-1,).  Lower is better: the sign is the paper's,
-    opposite to the usual BWT.  ModalPrompt, appendix A."""
+    """B_t = 1/(t-1) sum_{i<t} (A[i,i] - A[t,i]) for t = 2..T, an array (T-1,).  ModalPrompt, appendix A.
+
+    Lower is better: the sign is the paper's, opposite to the usual BWT."""
     A = _matrix(A)
     return np.array([(A.diagonal()[:t] - A[t, :t]).mean() for t in range(1, len(A))])
 
@@ -96,16 +104,18 @@ def mean_accuracy(A):
 
 
 def merge_effectiveness(joint, v, q):
-    """Acc_joint - max(Acc_V-only, Acc_Q-only), elementwise.  Higher: the modalities add to each other.  MM-Prompt Eq. 12."""
+    """How much the modalities add to each other: higher is better.  MM-Prompt Eq. 12."""
+    # Acc_joint - max(Acc_V-only, Acc_Q-only), elementwise                                                Eq. 12
     return np.asarray(joint, float) - np.maximum(v, q)
 
 
 def modality_difference(v, q):
-    """max(Acc_V-only, Acc_Q-only) - min(Acc_V-only, Acc_Q-only), elementwise.  Lower: balanced.  MM-Prompt Eq. 13."""
+    """How far one modality is ahead of the other: lower is balanced.  MM-Prompt Eq. 13."""
+    # max(Acc_V-only, Acc_Q-only) - min(Acc_V-only, Acc_Q-only), elementwise                              Eq. 13
     return np.abs(np.subtract(v, q, dtype=float))
 
 
-# ------------------------------------------------------------------------------------------------ answer scoring
+# ============================================================================================= answer scoring
 _NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                     "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 _ARTICLES = {"a", "an", "the"}
@@ -121,12 +131,12 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def normalize_answer(text):
-    """One answer as the official VQA evaluation compares it: no punctuation, digits for number words, no articles,
-    contractions with their apostrophe, single spaces, lower case."""
+    """One answer as the official VQA evaluation compares it: no punctuation, digits for number words, no
+    articles, contractions with their apostrophe, single spaces, lower case."""
     text = str(text).replace("\n", " ").replace("\t", " ").strip()
     comma_number = re.search(r"(\d)(,)(\d)", text) is not None
     out = text
-    for p in _PUNCTUATION:                                           # a sign next to a space, or in 1,000: drop; else a space
+    for p in _PUNCTUATION:                                           # next to a space, or in 1,000: dropped
         out = out.replace(p, "" if f"{p} " in text or f" {p}" in text or comma_number else " ")
     out = re.sub(r"(?<!\d)\.(?!\d)", "", out)                        # full stops, but not decimal points
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
@@ -134,7 +144,7 @@ def normalize_answer(text):
 
 
 def vqa_accuracy(prediction, ten_answers):
-    """VQA soft accuracy in [0,1]: mean over leaving one annotator out of min(1, matches among the others / 3).
+    """VQA soft accuracy in [0,1]: min(1, matches among the others / 3), each annotator left out once, mean.
 
     Any number of answers >= 1 works; one answer alone is compared exactly (official code needs ten).
     """
@@ -142,7 +152,7 @@ def vqa_accuracy(prediction, ten_answers):
     guess = normalize_answer(prediction)
     if len(truth) == 1:
         return float(guess == truth[0])
-    hits = truth.count(guess)                                        # leaving out a hit leaves hits-1, a miss leaves hits
+    hits = truth.count(guess)                                        # without one of the hits, hits - 1 are left
     score = hits * min(1.0, (hits - 1) / 3) + (len(truth) - hits) * min(1.0, hits / 3)
     return score / len(truth)
 
@@ -153,18 +163,20 @@ def exact_match(prediction, answer):
 
 
 def token_f1(prediction, answer):
-    """F1 of the two bags of normalised words, in [0,1].  Beside exact match for NExT-QA; WUPS needs WordNet: not here."""
+    """F1 of the two bags of normalised words, in [0,1].
+
+    It stands beside exact match for NExT-QA, whose WUPS needs WordNet."""
     guess, truth = Counter(normalize_answer(prediction).split()), Counter(normalize_answer(answer).split())
     if not guess or not truth:
         return float(guess == truth)
     return 2 * sum((guess & truth).values()) / (guess.total() + truth.total())
 
 
-# ------------------------------------------------------------------- answer scoring of CoIN (modalprompt.py)
+# ==================================================================== answer scoring of CoIN (modalprompt.py)
 
 
 def option_letter(text):
-    """The letter A-E of a multiple-choice answer as CoIN reads it, or None: "B", "B. cat", "the choice is B"."""
+    """The letter A-E of a multiple-choice answer as CoIN reads it ("B", "B. cat", "the choice is B"), or None."""
     text = str(text).strip()
     match = re.match(r"([A-E])(?:\.\s|\.?$|\))", text) or re.search(r"\b([A-E])\b", text)
     return match.group(1) if match else None
@@ -179,8 +191,9 @@ def box_iou(a, b):
 
 
 def _official_box(text):
-    """The official parser with its defect: brackets go, then the first and last character go once more, so that
-    "[0.12, 0.30, 0.45, 0.98]" reads y2 = 0.9 and "[1.0, ..." reads x1 = 0.0."""
+    """The official parser with its defect: brackets go, then the first and last character go once more.
+
+    So "[0.12, 0.30, 0.45, 0.98]" reads y2 = 0.9 and "[1.0, ..." reads x1 = 0.0."""
     try:
         return [float(x) for x in str(text).replace("[", "").replace("]", "")[1:-1].split(",")]
     except ValueError:
@@ -188,17 +201,18 @@ def _official_box(text):
 
 
 def score_instruction(kind, prediction, sample, official=False):
-    """The score of one answer in [0,1] by the rule of its task; sample: dict with answer (and answers where known).
+    """The score of one answer in [0,1] by the rule of its task.  sample: a dict with answer, and answers if known.
 
     kind letter   ScienceQA   the letter is right; no letter is wrong
-         vqa      TextVQA     VQA soft accuracy over `answers`, normalised exact match where there is one answer
-         class    ImageNet    official: one string contains the other, case matters, an empty answer counts as right
+         vqa      TextVQA     VQA soft accuracy over `answers`; normalised exact match where there is one
+         class    ImageNet    official: one string contains the other, case matters, an empty one is right
                               corrected: one contains the other as whole words, any case, empty is wrong
          gqa      GQA         exact, lower case, final full stops dropped
          word     VizWiz, VQAv2   exact, any case
-         box      REC         IoU > 0.5; official: with the parser that loses digits; corrected: every number read
+         box      REC         IoU > 0.5; official: with the parser that loses digits; corrected: all are read
          title    OCRVQA      exact, any case; "unanswerable" is wrong
-    Sources: the evaluation scripts of the official repository at c7bee7c, retold.  Raises ValueError for another kind.
+    Source: the evaluation scripts of the official repository at c7bee7c, retold.
+    Raises ValueError for another kind.
     """
     truth, guess = str(sample["answer"]).strip(), str(prediction).strip()
     if kind == "letter":
@@ -223,15 +237,16 @@ def score_instruction(kind, prediction, sample, official=False):
     raise ValueError(f"kind is one of letter, vqa, class, gqa, word, box, title, not {kind!r}")
 
 
-# -------------------------------------------------------------------------------- sentiment and emotion (missing_prompt.py)
+# ================================================================== sentiment and emotion (missing_prompt.py)
 
 
 def affect_scores(output, label, scoring="mosi"):
     """Scores of outputs (n,C) against labels (n,): a dict of floats, "accuracy" in points first.
 
-    "mosi"     Acc-2: sign of the score, neutral labels (0) left out        "sims"   the same with zeros kept, as negative
+    "mosi"     Acc-2: sign of the score, neutral labels (0) left out
+    "sims"     the same with zeros kept, as negative
     "classes"  accuracy of the argmax over C classes
-    With a score also f1 (weighted over the two signs, points), mae, and corr (Pearson; nan where the outputs are constant).
+    With a score also f1 (weighted over the two signs, points), mae, and corr (Pearson; nan where outputs are equal).
     """
     output, label = np.asarray(output, float), np.asarray(label)
     if scoring == "classes":
@@ -257,7 +272,7 @@ def weighted_f1(guess, truth):
     return float(100 * total)
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ================================================================================================= statistics
 
 
 def mean_std(values):
@@ -269,8 +284,8 @@ def mean_std(values):
 def paired(a, b):
     """Paired comparison of two equally long lists of scores, one entry per seed.
 
-    Returns {"difference": mean of a-b, "std": ddof 1, "wins": how often a > b, "n": n, "p": two-sided sign-flip test}.
-    p is exact up to 16 pairs, from 20,000 seeded flips beyond.  With five pairs p cannot go below 2/32 = 0.0625.
+    Returns {"difference": mean of a-b, "std": ddof 1, "wins": how often a > b, "n": n, "p": two-sided sign-flip
+    test}.  p is exact up to 16 pairs, from 20,000 seeded flips beyond; with five it cannot go below 2/32 = 0.0625.
     """
     d = np.subtract(a, b, dtype=float)
     mean, std = mean_std(d)
@@ -281,13 +296,13 @@ def paired(a, b):
     return {"difference": mean, "std": std, "wins": int((d > 0).sum()), "n": n, "p": p}
 
 
-# ------------------------------------------------------------------------------------------------ files and pictures
-# Whatever is written appears whole or not at all, and every picture is drawn with Pillow, so that nothing else is needed.
+# ========================================================================================= files and pictures
+# Whatever is written appears whole or not at all, and every picture is drawn with Pillow: nothing else is needed.
 
 
 @contextlib.contextmanager
 def atomic(path, mode="w"):
-    """Write to a neighbour of `path`, then rename: a run killed at any moment leaves the old file or the new, never half."""
+    """Write to a neighbour of `path`, then rename: a kill at any moment leaves the old file or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -327,7 +342,7 @@ def _canvas(width, height, title):
 
 
 def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
-    """Draw a matrix (R,C) as a PNG with Pillow; nan cells stay white.  rows, columns: labels.  Values are printed."""
+    """Draw a matrix (R,C) as a PNG; nan cells stay white.  rows, columns: labels.  Values are printed."""
     A = np.asarray(A, float)
     R, C = A.shape
     rows, columns = rows or [str(i + 1) for i in range(R)], columns or [str(i + 1) for i in range(C)]
@@ -350,10 +365,10 @@ def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
 
 
 def chart(labels, values, path, title="", lines=False):
-    """A bar for each label, as long as the mean of its values, with the standard deviation as a whisker; or, for the
-    figures of a paper that are lines, points joined from left to right.
+    """A bar for each label, as long as the mean of its values, with the standard deviation as a whisker; or, for
+    the figures of a paper that are lines, points joined from left to right.  Written to `path` as a PNG.
 
-    labels: n strings.  values: n lists of floats, an empty one for what was not run.  Written to `path` as a PNG.
+    labels: n strings.  values: n lists of floats, an empty one for what was not run.
     """
     points = [mean_std(v) if len(v) else None for v in values]
     known = [m + s * k for m, s in filter(None, points) for k in (-1, 1)] or [0.0, 1.0]
@@ -408,7 +423,7 @@ def format_matrix(A, names):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------- models and time
+# ============================================================================================ models and time
 
 
 def from_pretrained(cls, name, flag, **more):
@@ -433,33 +448,35 @@ BACKBONES, SHIPPED = Path(__file__).resolve().parent / "backbones", 5
 
 
 def small_backbone(world, seed, config):
-    """The weights {name: float32 tensor} of the small backbone of a built-in world, from backbones/<world>-<seed>.safetensors.
+    """The weights {name: float32 tensor} in backbones/<world>-<seed>.safetensors, of a built-in world.
 
-    config: everything its training depends on.  Raises InputError where the file is missing, broken, or made for another.
+    config: everything its training depends on.  Raises InputError for a file that is missing, broken, or made for
+    another configuration.
     """
     from safetensors import SafetensorError, safe_open
     path = BACKBONES / f"{world}-{seed}.safetensors"
     if not path.exists():
-        raise InputError(f"{path} is missing: seeds 0 to {SHIPPED - 1} are shipped, --pretrain --backbone-seed {seed} "
-                         "makes this one (up to half an hour)")
+        raise InputError(f"{path} is missing: seeds 0 to {SHIPPED - 1} are shipped; "
+                         f"--pretrain --backbone-seed {seed} makes this one (up to half an hour)")
     try:
         with safe_open(path, "pt") as f:
             made_for, names = (f.metadata() or {}).get("config"), list(f.keys())
             tensors = {k: f.get_tensor(k) for k in names}
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path} is not a whole safetensors file ({e}); check it out again, or make it with --pretrain")
+        raise InputError(f"{path} is not a whole safetensors file ({e}); check it out again, or use --pretrain")
     if made_for != digest(config):
-        raise InputError(f"{path} was made for another configuration or world; check it out again, or make it anew with "
-                         f"--pretrain --backbone-seed {seed}")
+        raise InputError(f"{path} was made for another configuration or world; check it out again, or make it "
+                         f"anew with --pretrain --backbone-seed {seed}")
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def keep_small_backbone(world, seed, config, tensors, **about):
-    """Write such a file in half precision.  about: what else its metadata says (version of the world, minutes, bounds)."""
+    """Write such a file in half precision.  about: what else its metadata says (world, minutes, bounds)."""
     import torch
     from safetensors.torch import save
-    half = {k: v.detach().cpu().to(torch.float16 if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
-    about = {k: v if isinstance(v, str) else json.dumps(jsonable(v)) for k, v in {"config": digest(config), **about}.items()}
+    half = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    half = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in half.items()}
+    about = {"config": digest(config), **{k: v if isinstance(v, str) else json.dumps(jsonable(v)) for k, v in about.items()}}
     with atomic(BACKBONES / f"{world}-{seed}.safetensors", "wb") as f:
         f.write(save(half, metadata=about))
 
@@ -483,8 +500,10 @@ def fit(text, loss_of, optimizer, schedule, steps, grad_clip=math.inf, quiet=Fal
 
 
 def seconds(device, *jobs, repeats=7):
-    """The median time of each job in seconds, for --bench.  Jobs run in turns that change order from round to round, so
-    that a machine's moods fall on all of them alike; the first round warms up and does not count."""
+    """The median time of each job in seconds, for --bench.
+
+    Jobs run in turns that change order from round to round, so that a machine's moods fall on all of them alike;
+    the first round warms up and does not count."""
     import torch
     wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
     times, dice = [[] for _ in jobs], random.Random(0)
@@ -527,13 +546,13 @@ def peak_memory_mb():
         return float("nan")
 
 
-# ------------------------------------------------------------------------------------ a run, and what it leaves behind
+# =========================================================================== a run, and what it leaves behind
 
 
 class Run:
     """One folder, one run: where it stands, and what it leaves behind.
 
-    The loop of a script reads like the paper's protocol, and everything that a killed run needs to go on lives here:
+    The loop of a script reads like the paper's protocol; what a killed run needs to go on lives here:
 
         run.restore(method=method)                                   # the tensors of a run that was killed
         for t, task in run.tasks(stream.tasks):                      # tasks that are not finished yet
@@ -545,7 +564,8 @@ class Run:
             run.row(scores)                                          # the next row of the accuracy matrix
 
     folder   gets log.jsonl, checkpoint.pt, results.json, matrix.csv, matrix.png, prompts.safetensors
-    args     a flat dict that decides the outcome     names   of the T tasks     A   (T,T), nan where not known
+    args     a flat dict that decides the outcome
+    names    of the T tasks                    A   (T,T), nan where not known
     kept     a dict for whatever else must survive a kill: numbers, strings, lists, dicts
     resume=True needs the same args and goes on; resume=False starts anew and moves another run's files to
     <folder>/before.<n>; only a finished run of the same args is replaced.
@@ -558,7 +578,7 @@ class Run:
         self.folder, self.args, self.names, self.quiet = Path(folder), dict(args), list(names), quiet
         self.start, self.before, self.lines, self.modules = time.time(), 0.0, 0, {}
         self.A, self.kept = np.full((len(self.names),) * 2, np.nan), {}
-        # the cursor: task, part of it (a subtask), epochs done, whether the task was begun, best epoch, optimiser
+        # the cursor: task, part of it (a subtask), epochs done, was the task begun, best epoch, optimiser
         self.stage, self.part, self.epoch, self.begun, self.best, self.optimizer = 0, 0, 0, False, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = self._load() if resume else None
@@ -570,7 +590,7 @@ class Run:
         self.A = np.array(self.state["A"], float).reshape(self.A.shape)
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        with atomic(log) as f:                                       # drop what was written after the last checkpoint
+        with atomic(log) as f:                                       # without what followed the last checkpoint
             f.writelines(line + "\n" for line in lines[:self.lines])
 
     def _make_room(self):
@@ -581,7 +601,8 @@ class Run:
         elif files:
             aside = next(p for n in itertools.count(1) if not (p := self.folder / f"before.{n}").exists())
             aside.mkdir()
-            _say(f"{self.folder} held another run, now in {aside}" + ("" if old else "; --resume goes on with a run"))
+            hint = "" if old else "; --resume goes on with a run"
+            _say(f"{self.folder} held another run, now in {aside}{hint}")
             for f in files:
                 f.rename(aside / f.name)
 
@@ -594,12 +615,14 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             old = state["args"]
         except Exception as e:
-            raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}); delete it or run without --resume")
+            raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}); "
+                             "delete it or run without --resume")
         wrong = sorted(k for k in {*old, *self.args} if old.get(k) != self.args.get(k))
         if wrong:
             k = wrong[0]
-            raise InputError(f"{path} was made with other arguments: {', '.join(wrong)} (--{k.replace('_', '-')} was "
-                             f"{old.get(k)!r}, now {self.args.get(k)!r}); use the same, another --out, or no --resume")
+            raise InputError(f"{path} was made with other arguments: {', '.join(wrong)} (--{k.replace('_', '-')} "
+                             f"was {old.get(k)!r}, now {self.args.get(k)!r}); "
+                             "use the same, another --out, or no --resume")
         return state
 
     def restore(self, **modules):
@@ -634,9 +657,10 @@ class Run:
             self.checkpoint()
 
     def epochs(self, n, learning, optimizer, name=""):
-        """Yields the epochs, from 0, that are not done; the body must end with keep().  Afterwards the best weights are back.
+        """Yields the epochs, from 0, that are not done; the body must end with keep().  Afterwards the weights of the
+        best epoch are back.
 
-        learning: {name: parameter} of all that learns now.  name: of the task or subtask, for the progress bar.
+        learning: {name: parameter} of all that learns now.  name: of the (sub)task, for the progress bar.
         """
         import torch
         if self.epoch and self.state and self.state["optimizer"]:
@@ -661,14 +685,18 @@ class Run:
     def check(self, loss, step, optimizer):
         """Raises InputError where the loss () is not finite."""
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at {self.where}, step {step + 1}, lr {optimizer.param_groups[0]['lr']:g}; "
-                             "use a smaller --lr (or --dtype fp32)")
+            raise InputError(f"the loss is {loss} at {self.where}, step {step + 1}, "
+                             f"lr {optimizer.param_groups[0]['lr']:g}; use a smaller --lr (or --dtype fp32)")
 
     def keep(self, loss, score=None):
-        """Ends an epoch.  score: on validation, higher is better; the later of equals is kept.  None: the last epoch is."""
+        """Ends an epoch: log, best weights, checkpoint.
+
+        score: on validation, higher is better; the later of equals is kept.  None: the last epoch is."""
         if score is not None and (self.best is None or score >= self.best["score"]):
-            self.best = {"score": score, "weights": {k: p.detach().cpu().clone() for k, p in self.learning.items()}}
-        self.log(task=self.stage, subtask=self.part, epoch=self.epoch, loss=loss, score=score, minutes=self.minutes)
+            weights = {k: p.detach().cpu().clone() for k, p in self.learning.items()}
+            self.best = {"score": score, "weights": weights}
+        self.log(task=self.stage, subtask=self.part, epoch=self.epoch, loss=loss, score=score,
+                 minutes=self.minutes)
         self.epoch += 1
         self.checkpoint()
 
@@ -694,7 +722,7 @@ class Run:
         self.lines += 1
 
     def checkpoint(self):
-        """Write checkpoint.pt atomically: tensors, numbers, strings, lists and dicts (read with weights_only=True)."""
+        """Write checkpoint.pt atomically: tensors, numbers, strings, lists, dicts (read with weights_only=True)."""
         import torch
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
         state = {k: getattr(self, k) for k in ("stage", "part", "epoch", "begun", "best", "kept", "lines", "args")}
@@ -704,14 +732,15 @@ class Run:
                         "modules": {k: m.state_dict() for k, m in self.modules.items()}}, f)
 
     def finish(self, values, prompts=None, title="", **more):
-        """Write results.json, matrix.csv and matrix.png, and prompts.safetensors if given; returns what results.json holds.
+        """Write results.json, matrix.csv, matrix.png, and prompts.safetensors if given.  Returns results.json's content.
 
         values: {metric: float}.  prompts: {name: tensor}.  more: what else results.json shall hold.
         """
         with atomic(self.folder / "matrix.csv") as f:
             out = csv.writer(f)
             out.writerow(["after", *self.names])
-            out.writerows([name, *("" if np.isnan(x) else f"{x:.4f}" for x in row)] for name, row in zip(self.names, self.A))
+            for name, row in zip(self.names, self.A):
+                out.writerow([name, *("" if np.isnan(x) else f"{x:.4f}" for x in row)])
         heat_map(self.A, self.folder / "matrix.png", self.names, self.names, title)
         if prompts:
             from safetensors.torch import save                       # comes with transformers
@@ -732,9 +761,9 @@ def finished(folder):
         return None
 
 
-# ------------------------------------------------------------------------------ several seeds, the papers' tables
-# A run of a script is a set of arguments with one seed (and, where the data has folds, one fold).  Both generators below
-# yield such arguments and the folder of the run; the script's loop makes the run.
+# ========================================================================== several seeds, the papers' tables
+# A run of a script is a set of arguments with one seed (and, where the data has folds, one fold).  Both generators
+# below yield such arguments and the folder of the run; the script's loop makes the run.
 
 
 def _repetitions(args):
@@ -744,25 +773,28 @@ def _repetitions(args):
 
 
 def repetitions(args, settle):
-    """Yields (arguments, folder) for every fold and seed: the run folder itself for one, else a folder each inside it.
+    """Yields (arguments, folder) for every fold and seed: --out itself for one, else a folder each inside it.
 
     settle(arguments) -> arguments with the defaults filled in that depend on others.
     """
     jobs = _repetitions(args)
     for job in jobs:
-        name = "-".join(f"{k}{v}" for k, v in job.items())
-        yield settle(argparse.Namespace(**{**vars(args), **job})), Path(args.out) / name if len(jobs) > 1 else Path(args.out)
+        name = "-".join(f"{k}{v}" for k, v in job.items()) if len(jobs) > 1 else ""
+        yield settle(argparse.Namespace(**{**vars(args), **job})), Path(args.out) / name
 
 
 def spread(values):
     """"mean ± standard deviation" of several values, one value alone, "-" for none."""
-    return "{:.2f} ± {:.2f}".format(*mean_std(values)) if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "-"
+    return "{:.2f} ± {:.2f}".format(*mean_std(values))
 
 
 def last_line(name, results, columns):
-    """One line to copy: the columns (mean ± standard deviation over runs), folds and seeds, minutes, peak memory."""
+    """One line to copy: the columns (mean ± standard deviation over runs), folds, seeds, minutes, peak memory."""
     values = {k: [r["metrics"][k] for r in results] for k in columns if k in results[0]["metrics"]}
-    flags = {k: list(dict.fromkeys(str(r["args"][k]) for r in results)) for k in ("fold", "seed") if k in results[0]["args"]}
+    there = [k for k in ("fold", "seed") if k in results[0]["args"]]
+    flags = {k: list(dict.fromkeys(str(r["args"][k]) for r in results)) for k in there}
     return f"{name}: " + " | ".join([f"{k} {spread(v)}" for k, v in values.items()] +
                                     [f"{k}{'s' * (len(v) > 1)} {' '.join(v)}" for k, v in flags.items()] +
                                     [f"{sum(r['minutes'] for r in results):.1f} min",
@@ -770,56 +802,63 @@ def last_line(name, results, columns):
 
 
 def keep_means(folder, results):
-    """results.json of several runs: the mean and standard deviation (ddof 1) of every metric, and each run's own."""
-    both = {k: dict(zip(("mean", "std"), mean_std([r["metrics"][k] for r in results]))) for k in results[0]["metrics"]}
+    """results.json of several runs: mean and standard deviation (ddof 1) of every metric, and each run's own."""
+    both = {}
+    for k in results[0]["metrics"]:
+        mean, std = mean_std([r["metrics"][k] for r in results])
+        both[k] = {"mean": mean, "std": std}
+    runs = [{"seed": r["args"]["seed"], "fold": r["args"].get("fold"), **r["metrics"]} for r in results]
     with atomic(Path(folder) / "results.json") as f:
-        json.dump(jsonable({"metrics": both, "runs": [{**{k: r["args"][k] for k in ("fold", "seed") if k in r["args"]},
-                                                       **r["metrics"]} for r in results]}), f, indent=1)
+        json.dump(jsonable({"metrics": both, "runs": runs}), f, indent=1)
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def worth(script, world, labels, column):
-    """What a score on a built-in world is worth: the bounds on the same world and setting, as one line, "" if not on file.
+    """What a score on a built-in world is worth: the bounds on the same world and setting, as one line.
 
+    "" where they are not on file.
     labels: {word: row of results/<script>/tablebounds.json}.  column: the metric, or {word: metric}.
     """
     try:
-        rows = {r["label"]: r["runs"] for r in json.loads((RESULTS / script / "tablebounds.json").read_text())["rows"]}
+        table = json.loads((RESULTS / script / "tablebounds.json").read_text())
+        rows = {row["label"]: row["runs"] for row in table["rows"]}
     except (OSError, ValueError, KeyError):
         return ""
     words = []
     for word, label in labels.items():
         k = column if isinstance(column, str) else column[word]
         values = [r["metrics"][k] for r in rows.get(label, ()) if r.get("world") == world and k in r["metrics"]]
-        words += [f"{word} {np.mean(values):.1f}"] * bool(values)
-        n = len(values)
-    return f"for comparison on {world}: {', '.join(words)} (mean of {n} seeds, results/{script}/tablebounds.md)" if words else ""
+        if values:
+            words.append(f"{word} {np.mean(values):.1f} ({len(values)} seeds)")
+    return f"for comparison on {world}: {', '.join(words)}; results/{script}/tablebounds.md" if words else ""
 
 
 class Table:
     """A table or figure of a paper: a run for every row and repetition, shown beside the paper's numbers.
 
-    title, against, rows   an entry of a script's TABLES.  rows: [(label, changes, numbers)]: the arguments that make a row,
-                           and what the paper prints, a tuple or None.  against: the label that others are compared with,
-                           paired over repetitions; "{}" in it stands for the first word of a row's label; None compares none
+    rows      [(label, changes, numbers)]: the arguments that make a row, and what the paper prints, a tuple or None
+    against   the label that others are compared with, paired over repetitions; "{}" in it stands for the first word
+              of a row's own label; None compares none
     columns   the metrics shown     compare   those compared     paper   heading of the paper's numbers
     lines     draw the chart as a line (the figures of a paper) and not as bars
 
-    A run lies in runs/<method>-<seed>-<digest of what decides it>: rows with equal arguments share it, between tables too;
-    what is finished is not run again, so a stopped table goes on, and several processes may share a folder.
+    A run lies in runs/<method>-<seed>-<digest of what decides it>: rows with equal arguments share it, between
+    tables too; what is finished is not run again, so a stopped table goes on, and processes may share a folder.
     Raises InputError for a label in --rows that is not there.
     """
 
     def __init__(self, args, settle, title, against, rows, columns, compare, paper, lines=False):
-        self.args, self.folder, self.title, self.against, self.rows = args, Path(args.out), title, against, rows
-        self.columns, self.compare, self.paper, self.lines, self.plan = columns, compare, paper, lines, []
+        self.args, self.folder, self.plan = args, Path(args.out), []
+        self.title, self.against, self.rows, self.lines = title, against, rows, lines
+        self.columns, self.compare, self.paper = columns, compare, paper
         labels = [label for label, *_ in rows]
         if {*(args.rows or ())} - {*labels}:
             raise InputError(f"--rows of table {args.table} are: {', '.join(labels)}")
         for job, (label, changes, _) in itertools.product(_repetitions(args), rows):
-            one = settle(argparse.Namespace(**{**vars(args), **changes, **job, "quiet": True, "resume": True}))
+            changes = {**changes, **job, "quiet": True, "resume": True}
+            one = settle(argparse.Namespace(**{**vars(args), **changes}))
             name = "-".join([one.method, *(f"{k}{v}" for k, v in job.items()), digest(deciding(one))])
             self.plan.append((label, tuple(job.values()), one, self.folder / "runs" / name))
 
@@ -827,16 +866,19 @@ class Table:
         """Yields (arguments, folder) of the runs that are not finished; after each the table is written anew."""
         todo = [p for p in self.plan if (not self.args.rows or p[0] in self.args.rows) and not finished(p[3])]
         for n, (label, _, one, where) in enumerate(todo):
-            if not finished(where):                                  # a row before it, or a process beside, may share it
+            if not finished(where):                                  # a row before it may share it
                 yield one, where
-                print(f"[{n + 1}/{len(todo)}] " + last_line(label, [finished(where)], self.columns), flush=True)
+                print(f"[{n + 1}/{len(todo)}]", last_line(label, [finished(where)], self.columns), flush=True)
                 (where / "checkpoint.pt").unlink(missing_ok=True)
                 self.write()
 
     def done(self):
         """{label: {repetition: results}} of what is finished."""
-        labels = dict.fromkeys(label for label, *_ in self.plan)
-        return {x: {job: r for label, job, _, where in self.plan if label == x and (r := finished(where))} for x in labels}
+        done = {label: {} for label, *_ in self.plan}
+        for label, job, _, where in self.plan:
+            if results := finished(where):
+                done[label][job] = results
+        return done
 
     def reference(self, label):
         return self.against.format(label.split()[0]) if self.against else None
@@ -850,9 +892,10 @@ class Table:
             json.dump(jsonable({"title": self.title, "rows": content}), f)
         with atomic(self.folder / f"table{name}.md") as f:
             f.write(text + "\n")
-        first = self.columns[0]
-        chart([label for label, *_ in self.rows], [[r["metrics"][first] for r in done[label].values()] for label, *_ in self.rows],
-              self.folder / f"table{name}.png", f"{self.title.split(';')[0]}: {first}", self.lines)
+        first, labels = self.columns[0], [label for label, *_ in self.rows]
+        values = [[r["metrics"][first] for r in done[label].values()] for label in labels]
+        title = f"{self.title.split(';')[0]}: {first}"
+        chart(labels, values, self.folder / f"table{name}.png", title, self.lines)
         return text
 
     def _format(self, done):
@@ -867,8 +910,11 @@ class Table:
             row = {"label": label, "changes": changes, "paper": numbers, "against": {}, "runs": [
                 {"job": job, "world": r.get("world"), **{k: r[k] for k in ("metrics", "matrix", "minutes")},
                  **{k: r["environment"][k] for k in ("commit", "hardware")}} for job, r in runs.items()]}
-            values = {k: [r["metrics"][k] for r in runs.values() if r["metrics"].get(k) is not None] for k in self.columns}
-            cells, both = [spread(values[k]) if runs else "not run" for k in self.columns], [job for job in runs if job in ref]
+            cells = []
+            for k in self.columns:
+                known = [r["metrics"][k] for r in runs.values() if r["metrics"].get(k) is not None]
+                cells.append(spread(known) if runs else "not run")
+            both = [job for job in runs if job in ref]
             for k in compare:
                 if self.reference(label) in (None, label) or not both:
                     cells.append("-")
@@ -881,14 +927,14 @@ class Table:
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
             content.append(row)
         made = [r for row in content for r in row["runs"]]
-        said = "Differences: paired (in how many higher/pairs, p of the two-sided sign-flip test). " if compare else ""
+        said = "Differences: paired (higher in/pairs, p of the two-sided sign-flip test). " if compare else ""
         lines += ["", f"Mean ± standard deviation over runs. {said}Commits "
                   f"{', '.join(sorted({r['commit'] for r in made})) or 'none'}; "
                   f"{', '.join(sorted({r['hardware'] for r in made})) or 'nothing run'}."]
         return lines, content
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# =============================================================================================== command line
 # Flags that the three scripts share are declared and checked here, once.
 
 
@@ -916,14 +962,15 @@ FREE = {"out", "resume", "quiet", "seeds", "folds", "device", "table", "rows", "
 
 
 def shared_flags(description, methods, tables, data, backbone, **defaults):
-    """An argparse parser with the flags that all three scripts have.  methods, tables: their names, the paper's first.
+    """An argparse parser with the flags that all three scripts have.
 
-    data, backbone: help texts.  defaults: of a script, such as epochs=5; None where it depends on other flags.
+    methods, tables: their names, the paper's first.  data, backbone: help texts.  defaults: of a script, such as
+    epochs=5; None where it depends on other flags.
     """
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("what to run")
-    g.add_argument("--method", default=[*methods][0], choices=[*methods], help="the paper's; bounds (none: frozen, finetune, "
-                   "joint); compared methods")
+    g.add_argument("--method", default=[*methods][0], choices=[*methods],
+                   help="the paper's; bounds (none: frozen, finetune, joint); compared methods")
     g.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one run each; more than one: mean ± std")
     g.add_argument("--order", type=natural, nargs="+", help="a permutation of the tasks, from 0")
     g.add_argument("--table", choices=[*tables], help="run a table or figure of the paper, show both; goes on if stopped")
@@ -979,10 +1026,13 @@ def check_shared(args):
 
 
 def prepare(args, small):
-    """Before anything random: one order of sums, and one thread where the matrices are so small that two only wait for
-    each other.  So the same command gives the same figures, whatever the number of threads.  small: is the model small?"""
+    """Before anything random: one order of sums, and one thread where the model is small.
+
+    Two threads on such small matrices only wait for each other, and with one the same command gives the same
+    figures on any number of cores.
+    """
     import torch
-    torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts add up in a fixed order
+    torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts, in one order
     if small and args.device == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -994,7 +1044,7 @@ def deciding(args):
 
 
 def run_cli(main):
-    """Run a script's main(): bad input, a full disk, no GPU memory or Ctrl-C end in one clear line and exit code 2 (130)."""
+    """Run a script's main().  Bad input, a full disk, no GPU memory: one clear line, exit code 2; Ctrl-C: 130."""
     try:
         main()
         sys.stdout.flush()
@@ -1003,18 +1053,18 @@ def run_cli(main):
     except KeyboardInterrupt:
         _say("stopped; --resume goes on from the last finished epoch")
         sys.exit(130)
-    except BrokenPipeError:                                          # the reader of the pipe has seen enough, as head has
+    except BrokenPipeError:                                          # the pipe's reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another --out; "
-                          "--resume goes on from the last finished epoch"))
+            sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another "
+                          "--out; --resume goes on from the last finished epoch"))
         raise
     except RuntimeError as e:
         if "out of memory" in str(e).lower():
-            sys.exit(_say("error: not enough memory on the device; use a smaller --batch (with --accum to keep its product), "
-                          "--dtype bf16, or --device cpu; --resume goes on from the last finished epoch"))
+            sys.exit(_say("error: not enough memory on the device; use a smaller --batch, --dtype bf16, or --device "
+                          "cpu; --resume goes on from the last finished epoch"))
         raise
 
 
