@@ -336,7 +336,7 @@ def _canvas(width, height, title):
     from PIL import Image, ImageDraw, ImageFont
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    draw.font = ImageFont.load_default(13)
+    draw.font = ImageFont.load_default(12)
     draw.text((10, 8), title, fill="black")
     return image, draw
 
@@ -346,20 +346,20 @@ def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
     A = np.asarray(A, float)
     R, C = A.shape
     rows, columns = rows or [str(i + 1) for i in range(R)], columns or [str(i + 1) for i in range(C)]
-    cell, left, top = 52, 14 + 8 * max(map(len, map(str, rows))), 64
-    image, draw = _canvas(left + cell * C + 8, top + 28 * R + 8, title)
+    cell, left, top = 46, 12 + 7 * max(map(len, map(str, rows))), 54
+    image, draw = _canvas(left + cell * C + 8, top + 26 * R + 8, title)
     for j, name in enumerate(columns):                               # two lines, so that neighbours do not overlap
-        draw.text((left + cell * j + 2, top - 34 + 15 * (j % 2)), str(name)[:12], fill="black")
+        draw.text((left + cell * j + 2, top - 29 + 13 * (j % 2)), str(name)[:12], fill="black")
     for i, name in enumerate(rows):
-        draw.text((8, top + 28 * i + 6), str(name), fill="black")
+        draw.text((6, top + 26 * i + 5), str(name), fill="black")
         for j in range(C):
             if not np.isfinite(A[i, j]):
                 continue
             x = float(np.clip((A[i, j] - low) / (high - low or 1), 0, 1))
-            box = (left + cell * j, top + 28 * i, left + cell * (j + 1) - 2, top + 28 * (i + 1) - 2)
+            box = (left + cell * j, top + 26 * i, left + cell * (j + 1) - 2, top + 26 * (i + 1) - 2)
             draw.rectangle(box, fill=(int(247 - 239 * x), int(251 - 170 * x), int(255 - 99 * x)))
             text = f"{A[i, j]:.1f}" if high > 2 else f"{A[i, j]:.2f}"
-            draw.text((box[0] + 8, box[1] + 5), text, fill="white" if x > 0.55 else "black")
+            draw.text((box[0] + 6, box[1] + 4), text, fill="white" if x > 0.55 else "black")
     with atomic(path, "wb") as f:
         image.save(f, "PNG")
 
@@ -447,14 +447,14 @@ def one_clear_line():
 BACKBONES, SHIPPED = Path(__file__).resolve().parent / "backbones", 5
 
 
-def small_backbone(world, seed, config):
-    """The weights {name: float32 tensor} in backbones/<world>-<seed>.safetensors, of a built-in world.
+def small_backbone(name, seed, config):
+    """The weights {name: float32 tensor} in backbones/<name>-<seed>.safetensors, of a built-in world.
 
     config: everything its training depends on.  Raises InputError for a file that is missing, broken, or made for
     another configuration.
     """
     from safetensors import SafetensorError, safe_open
-    path = BACKBONES / f"{world}-{seed}.safetensors"
+    path = BACKBONES / f"{name}-{seed}.safetensors"
     if not path.exists():
         raise InputError(f"{path} is missing: seeds 0 to {SHIPPED - 1} are shipped; "
                          f"--pretrain --backbone-seed {seed} makes this one (up to half an hour)")
@@ -470,14 +470,14 @@ def small_backbone(world, seed, config):
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
-def keep_small_backbone(world, seed, config, tensors, **about):
+def keep_small_backbone(name, seed, config, tensors, **about):
     """Write such a file in half precision.  about: what else its metadata says (world, minutes, bounds)."""
     import torch
     from safetensors.torch import save
     half = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     half = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in half.items()}
     about = {"config": digest(config), **{k: v if isinstance(v, str) else json.dumps(jsonable(v)) for k, v in about.items()}}
-    with atomic(BACKBONES / f"{world}-{seed}.safetensors", "wb") as f:
+    with atomic(BACKBONES / f"{name}-{seed}.safetensors", "wb") as f:
         f.write(save(half, metadata=about))
 
 

@@ -140,6 +140,191 @@ def test_heat_map_draws_each_cell(tmp_path):
     assert (picture[row(0), left + 46 + 3] == 255).all() and (picture[row(0), left + 3] != 255).any()   # nan white, 80 blue
 
 
+def test_chart_draws_bars_whiskers_and_lines(tmp_path):
+    from PIL import Image
+    ink = lambda path: (np.asarray(Image.open(path).convert("L")) < 128).sum()
+    metrics.chart(["a", "b"], [[10.0, 12.0], [20.0, 22.0]], tmp_path / "two.png")
+    metrics.chart(["a", "b"], [[10.0, 12.0], []], tmp_path / "one.png")
+    blue = lambda path: (np.asarray(Image.open(path)) == (8, 81, 156)).all(-1).sum(1)
+    rows = blue(tmp_path / "two.png")
+    assert 1.8 < max(rows[60:]) / max(rows[:60]) < 2.1               # the bar of 21 is about twice that of 11
+    assert not blue(tmp_path / "one.png")[60:].any() and blue(tmp_path / "one.png").any()        # what was not run has none
+    metrics.chart(["1", "2", "4"], [[1.0], [3.0], [2.0]], tmp_path / "line.png", "Figure", lines=True)
+    assert ink(tmp_path / "line.png") > 300
+
+
+def test_small_backbones_are_refused_where_they_do_not_match(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "BACKBONES", tmp_path)
+    config = {"width": 8, "seed": 0}
+    with pytest.raises(InputError, match="--pretrain --backbone-seed 0 makes this one"):
+        metrics.small_backbone("mini-x", 0, config)
+    x = torch.tensor([1.0, 1 / 3])
+    metrics.keep_small_backbone("mini-x", 0, config, {"w": x, "n": torch.tensor([3])}, world="mini-x 1", minutes=2.5)
+    back = metrics.small_backbone("mini-x", 0, config)
+    assert back["w"].dtype == torch.float32 and torch.equal(back["w"], x.half().float()) and back["n"].item() == 3
+    with pytest.raises(InputError, match="made for another configuration"):
+        metrics.small_backbone("mini-x", 0, {**config, "width": 9})
+    (tmp_path / "mini-x-0.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        metrics.small_backbone("mini-x", 0, config)
+
+
+def test_the_cursor_of_a_run_loses_nothing_and_repeats_nothing(tmp_path):
+    """Two tasks of two parts of two epochs, killed after each checkpoint: the steps done are those of an unbroken run."""
+    class Killed(Exception):
+        pass
+
+    def go(folder, resume, steps, die_after=None):
+        run = metrics.Run(folder, {"lr": 1}, ["a", "b"], resume, quiet=True)
+        real, calls = run.checkpoint, [0]
+
+        def checkpoint():
+            real()
+            calls[0] += 1
+            if calls[0] == die_after:
+                raise Killed
+        run.checkpoint = checkpoint
+        torch.manual_seed(0)
+        method = nn.Linear(2, 1)
+        run.restore(method=method)
+        for t, task in run.tasks(["a", "b"]):
+            if run.fresh:
+                steps.append(("begin", t))
+            for s, part in run.parts(["x", "y"]):
+                learning = dict(method.named_parameters())
+                optimizer = torch.optim.Adam(method.parameters(), 0.1)
+                for epoch in run.epochs(2, learning, optimizer, part):
+                    loss = method(torch.randn(3, 2)).square().sum()   # running random numbers must go on too
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    steps.append((t, s, epoch))
+                    run.keep(loss.item(), score=-loss.item())
+            run.row([method.weight.sum().item() + i for i in range(t + 1)])
+        return run.A
+
+    whole, steps = go(tmp_path / "whole", False, (unbroken := [])), []
+    for die_after in itertools.cycle((1, 2, 3)):
+        try:
+            broken = go(tmp_path / "broken", True, steps, die_after)
+            break
+        except Killed:
+            continue
+    np.testing.assert_array_equal(whole, broken)
+    assert steps == unbroken and len(set(steps)) == len(steps)
+    log = [json.loads(line) for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert [(r["task"], r["subtask"], r["epoch"]) for r in log] == [x for x in steps if x[0] != "begin"]
+
+
+def test_best_weights_come_back_and_the_later_of_equals_is_kept(tmp_path):
+    run, method = metrics.Run(tmp_path, {}, ["a"], quiet=True), nn.Linear(1, 1)
+    for epoch, score in zip(run.epochs(4, dict(method.named_parameters()), torch.optim.SGD(method.parameters(), 0.1)), (1, 5, 5, 2)):
+        method.weight.data.fill_(epoch)
+        run.keep(0.0, score)
+    assert method.weight.item() == 2
+
+
+def test_shared_flags_refuse_what_is_no_number():
+    parser = metrics.shared_flags("x", ["ours", "none"], ["1"], "data", "backbone", epochs=3)
+    args = parser.parse_args(["--seeds", "0", "1", "--no-smoke"])
+    assert (args.method, args.epochs, args.seeds, args.smoke) == ("ours", 3, [0, 1], False)
+    for bad in (["--epochs", "0"], ["--epochs", "2.5"], ["--lr", "nan"], ["--lr", "-1"], ["--lr", "inf"], ["--seeds", "-1"],
+                ["--batch", "99999999999999999999"], ["--grad-clip", "0"], ["--method", "x"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(bad)
+    with pytest.raises(InputError, match="must not repeat"):
+        metrics.check_shared(parser.parse_args(["--seeds", "1", "1"]))
+    with pytest.raises(InputError, match="--rows needs --table"):
+        metrics.check_shared(parser.parse_args(["--rows", "a"]))
+    for device, words in (("nonsense", "--device is cuda"), ("cuda", "there is none on this machine")):
+        if device != "cuda" or not torch.cuda.is_available():
+            with pytest.raises(InputError, match=words):
+                metrics.settle_shared(Namespace(device=device, seed=7, backbone_seed=None))
+    assert metrics.settle_shared(Namespace(device="cpu", seed=7, backbone_seed=None)).backbone_seed == 2
+
+
+def test_what_a_score_is_worth_comes_from_results_of_the_same_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "RESULTS", tmp_path)
+    assert metrics.worth("mmprompt", "mini 3", {"joint": "joint"}, "A") == ""
+    runs = [{"world": "mini 3", "metrics": {"A": x}} for x in (80.0, 90.0)] + [{"world": "mini 2", "metrics": {"A": 0.0}}]
+    (tmp_path / "mmprompt").mkdir()
+    (tmp_path / "mmprompt" / "tablebounds.json").write_text(json.dumps({"rows": [{"label": "joint", "runs": runs}]}))
+    assert "joint 85.0 (2 seeds)" in metrics.worth("mmprompt", "mini 3", {"joint": "joint", "frozen": "zero-shot"}, "A")
+
+
+SCRIPTS = ("mmprompt.py", "modalprompt.py", "missing_prompt.py")
+SHAPE = ["load_backbone", "build_method", "load_stream", "learn_task", "evaluate", "run", "bench", "settle", "parse_args", "main", "pretrain"]
+
+
+def functions(name):
+    return [n.name for n in ast.parse((HERE / name).read_text()).body if isinstance(n, ast.FunctionDef)]
+
+
+def test_the_three_scripts_have_one_shape():
+    """The same sections, and the same functions, in the same order: who knows one script knows all three."""
+    sections = {}
+    for name in SCRIPTS:
+        assert [f for f in functions(name) if f in SHAPE] == SHAPE, name
+        sections[name] = re.findall(r"^# =+ (.*)$", (HERE / name).read_text(), re.M)
+    assert len(set(map(tuple, sections.values()))) == 1, sections
+    assert sections[SCRIPTS[0]] == ["the paper", "the backbone", "compared methods", "learn and test", "tables", "command line",
+                                    "the small backbone"]
+
+
+def paper_section(name):
+    """The source of a script's first section."""
+    source = (HERE / name).read_text()
+    return re.search(r"^# =+ the paper\n(.*?)^# =+ the backbone\n", source, re.M | re.S).group(1)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_paper_section_runs_by_itself(name):
+    """Copied into other work it needs torch and the standard library, and nothing else of this repository."""
+    imports = "import math, dataclasses, typing\nfrom dataclasses import dataclass\nfrom typing import NamedTuple\n" \
+              "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom torch import nn\n"
+    space = {"__name__": "copied"}
+    exec(compile(imports + paper_section(name), name, "exec"), space)
+    used = {n.id for n in ast.walk(ast.parse(paper_section(name))) if isinstance(n, ast.Name)}
+    assert not used & {"data", "metrics", "InputError"}
+    if name == "mmprompt.py":
+        ones = torch.ones(2, 3, dtype=torch.bool)
+        out = space["MMPrompt"](8, 2, length=2)(torch.randn(2, 3, 8), torch.randn(2, 3, 8), ones, ones)
+        assert out.prompts["G"].shape == (2, 4, 8)
+    if name == "modalprompt.py":
+        method = space["ModalPrompt"](8, 6, length=2)
+        method.begin_task(torch.randn(20, 8))
+        assert method(torch.randn(3, 6), torch.randn(3, 6))[0].shape == (3, 2, 8)
+    if name == "missing_prompt.py":
+        method = space["MissingPrompts"](8, 2)
+        assert method.task_aware(3).shape == (2, 8)
+        assert space["task_interaction_loss"](torch.randn(7, 8)).shape == ()
+
+
+def test_nothing_imports_in_a_circle():
+    imports = {}
+    for path in HERE.glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text()))
+        imports[path.stem] = {a.name for n in tree if isinstance(n, ast.Import) for a in n.names} | \
+            {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+    assert not imports["data"] & {"metrics", "torch", "mmprompt", "modalprompt", "missing_prompt"}
+    assert not imports["metrics"] & {"mmprompt", "modalprompt", "missing_prompt"}
+    for name in ("mmprompt", "modalprompt", "missing_prompt"):
+        assert not imports[name] & {"mmprompt", "modalprompt", "missing_prompt"} - {name}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read_somewhere(name):
+    """Each argparse name, shared or own, is read outside the function that declares it; at most 30 are a script's own."""
+    import importlib
+    source = (HERE / name).read_text() + (HERE / "metrics.py").read_text().split("def settle_shared")[1] + \
+        (HERE / "metrics.py").read_text().split("def _repetitions")[1].split("command line")[0]
+    declared = re.findall(r'add\w*\(\s*"--([\w-]+)"', (HERE / name).read_text())
+    assert len(declared) <= 30, len(declared)
+    module = importlib.import_module(name[:-3])
+    for dest in vars(module.parse_args([])):
+        assert re.search(rf"args\.{dest}\b|\"{dest}\"", source), (name, dest)
+
+
 # ================================================================================= mmprompt.py: equations against plain loops
 
 
