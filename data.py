@@ -669,6 +669,61 @@ def _jsonl(setting, path, root, seed):
     return stream
 
 
+def region_files(folder):
+    """Region features made elsewhere -> load(image), which returns features (n,f) and boxes (n,4) in [0,1], float32.
+
+    folder   holds <picture name>.npz (features (n,f), boxes (n,4)) or .npy (features alone) for every picture, or is
+             VL-T5's .h5 file (<name>/features, boxes in pixels, img_w, img_h; needs h5py)
+    Raises InputError for a picture that is not there, and for arrays that are misshapen or not finite.
+    """
+    folder = Path(folder)
+    h5, widths = _open_h5(folder) if folder.suffix in (".h5", ".hdf5") else None, set()
+
+    def load(image):
+        name = Path(str(image)).stem
+        where, features, boxes = _from_h5(h5, folder, name) if h5 is not None else _from_numpy(folder, name)
+        widths.add(features.shape[-1])
+        if features.ndim != 2 or boxes.shape != (len(features), 4) or len(widths) > 1:
+            raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; expected (n,f) and (n,4), with "
+                             "the same f for every picture")
+        if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
+            raise InputError(f"{where} holds NaN or infinite numbers; extract its features again")
+        return np.asarray(features, np.float32), np.asarray(boxes, np.float32)
+    return load
+
+
+def _open_h5(path):
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py")
+    if not path.exists():
+        raise InputError(f"{path} is missing; name VL-T5's feature file with --features")
+    return h5py.File(path, "r")
+
+
+def _from_h5(h5, path, name):
+    where = f"{path}, key {name}"
+    if name not in h5:
+        raise InputError(f"{where} is missing; --features must hold every picture of the questions")
+    size = np.array([h5[name]["img_w"][()], h5[name]["img_h"][()]] * 2, np.float32)
+    return where, h5[name]["features"][:], h5[name]["boxes"][:].astype(np.float32) / size
+
+
+def _from_numpy(folder, name):
+    where = next((p for p in (folder / f"{name}.npz", folder / f"{name}.npy") if p.exists()), None)
+    if where is None:
+        raise InputError(f"{folder / name}.npz (or .npy) is missing; --features must hold every picture of the questions")
+    try:
+        file = np.load(where, allow_pickle=False)
+        features = file["features"] if where.suffix == ".npz" else file
+        if where.suffix == ".npz" and "boxes" in file:
+            return where, features, file["boxes"]
+    except (ValueError, KeyError, OSError, EOFError) as e:
+        raise InputError(f"{where} cannot be read ({e}); it needs an array features (n,f), and boxes (n,4) beside it")
+    return where, features, np.tile([0., 0, 1, 1], (len(features), 1))      # without boxes: the whole picture
+
+
 # ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
 
 

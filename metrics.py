@@ -23,6 +23,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -481,6 +482,23 @@ def keep_small_backbone(name, seed, config, tensors, **about):
         f.write(save(half, metadata=about))
 
 
+def keep_with_bounds(name, config, tensors, start, world, command, args, settle, run, scores):
+    """Write a small backbone, measure what it reaches frozen and with joint training, and write that into its metadata.
+
+    start: when its training began.  settle, run: of the script.  scores: the metrics that are kept, ("A", ...).
+    """
+    seed, minutes, bounds = args.backbone_seed, (time.time() - start) / 60, {}
+    about = {"world": world, "command": f"{command} --pretrain --backbone-seed {seed}", "minutes": round(minutes, 1)}
+    keep_small_backbone(name, seed, config, tensors, **about)
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ("none", "joint"):
+            flags = {"method": method, "seed": seed % SHIPPED, "lr": None, "epochs": None, "batch": None, "quiet": True}
+            done = run(settle(argparse.Namespace(**{**vars(args), **flags})), Path(folder) / method)
+            bounds[method] = {k: round(done["metrics"][k], 2) for k in scores if k in done["metrics"]}
+    keep_small_backbone(name, seed, config, tensors, bounds=bounds, **about)
+    print(f"{BACKBONES / name}-{seed}.safetensors: {minutes:.1f} min, {bounds}")
+
+
 def fit(text, loss_of, optimizer, schedule, steps, grad_clip=math.inf, quiet=False):
     """The loop of every pre-training: loss_of(step) -> (), one optimiser step each, a progress bar."""
     import torch
@@ -783,6 +801,11 @@ def repetitions(args, settle):
         yield settle(argparse.Namespace(**{**vars(args), **job})), Path(args.out) / name
 
 
+def with_seed(args):
+    """args with the first of --seeds, for what is not a run."""
+    return argparse.Namespace(**{**vars(args), "seed": args.seeds[0]})
+
+
 def spread(values):
     """"mean ± standard deviation" of several values, one value alone, "-" for none."""
     if len(values) < 2:
@@ -1035,7 +1058,6 @@ def prepare(args, small):
     torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts, in one order
     if small and args.device == "cpu":
         torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
 
 
 def deciding(args):
