@@ -333,6 +333,11 @@ def digest(x):
     return hashlib.sha256(json.dumps(jsonable(x), sort_keys=True).encode()).hexdigest()[:12]
 
 
+def content(data):
+    """The same for bytes: their hash as text."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def _canvas(width, height, title):
     from PIL import Image, ImageDraw, ImageFont
     image = Image.new("RGB", (width, height), "white")
@@ -802,8 +807,8 @@ def repetitions(args, settle):
 
 
 def with_seed(args):
-    """args with the first of --seeds, for what is not a run."""
-    return argparse.Namespace(**{**vars(args), "seed": args.seeds[0]})
+    """args with the first fold and seed, for what is not a run."""
+    return argparse.Namespace(**{**vars(args), **_repetitions(args)[0]})
 
 
 def spread(values):
@@ -984,10 +989,10 @@ YES_NO = argparse.BooleanOptionalAction
 FREE = {"out", "resume", "quiet", "seeds", "folds", "device", "table", "rows", "bench", "pretrain"}
 
 
-def shared_flags(description, methods, tables, data, backbone, **defaults):
+def shared_flags(description, methods, tables, data_help, backbone_help, **defaults):
     """An argparse parser with the flags that all three scripts have.
 
-    methods, tables: their names, the paper's first.  data, backbone: help texts.  defaults: of a script, such as
+    methods, tables: their names, the paper's first.  defaults: of a script, such as
     epochs=5; None where it depends on other flags.
     """
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1005,9 +1010,9 @@ def shared_flags(description, methods, tables, data, backbone, **defaults):
     g.add_argument("--quiet", default=False, action=YES_NO, help="print the last lines only")
     g.add_argument("--out", help="run folder; default runs/<script>...")
     g = p.add_argument_group("data and backbone")
-    g.add_argument("--data", default="mini", help=data)
+    g.add_argument("--data", default="mini", help=data_help)
     g.add_argument("--root", help="folder with the files of --data")
-    g.add_argument("--backbone", default="mini", help=backbone)
+    g.add_argument("--backbone", default="mini", help=backbone_help)
     g.add_argument("--backbone-seed", type=natural, help="which of the small backbones; default: the run's seed modulo "
                    f"{SHIPPED}, so that ± holds the backbone's spread too")
     g = p.add_argument_group("training")
