@@ -989,13 +989,23 @@ YES_NO = argparse.BooleanOptionalAction
 FREE = {"out", "resume", "quiet", "seeds", "folds", "device", "table", "rows", "bench", "pretrain"}
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows defaults where there are any, and says what is wrong in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+
 def shared_flags(description, methods, tables, data_help, backbone_help, **defaults):
     """An argparse parser with the flags that all three scripts have.
 
     methods, tables: their names, the paper's first.  defaults: of a script, such as
     epochs=5; None where it depends on other flags.
     """
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description)
     g = p.add_argument_group("what to run")
     g.add_argument("--method", default=[*methods][0], choices=[*methods],
                    help="the paper's; bounds (none: frozen, finetune, joint); compared methods")
