@@ -2,26 +2,26 @@
 
 Paper     Guo, Wang, Lin, Yan, Wu, Jin: Efficient Prompting for Continual Adaptation to Missing Modalities.
           NAACL 2025 (long.219), arXiv 2503.00528v1.
-Official  no code is public.  Our copy of the paper holds none of its formulas: they are reconstructed here from its
-          words, under its equation numbers; docs/missing_prompt.md says how sure each is, and what would change it.
+Official  no code is public.  Our copy of the paper holds none of its formulas: they are reconstructed here from
+          its words, under its equation numbers; docs/missing_prompt.md says how sure each is.
 Run       python missing_prompt.py                       the paper's method on mini-affect, nothing downloaded
           python missing_prompt.py --method finetune     the lower bound; --help names the others
 
-Idea.  A model that knows audio, video and text together is frozen.  Then seven tasks arrive: each is one case of missing
-modalities (Table 1).  Three kinds of prompts adapt the model: modality-specific (Eq. 1), task-aware, made from those
-and two missing keys (Eq. 2-4), and task-specific (Eq. 5); a contrastive loss on the task-aware ones lets similar
-cases help each other (Eq. 6-8).
+Idea.  A model that knows audio, video and text together is frozen.  Then seven tasks arrive: each is one case
+of missing modalities (Table 1).  Three kinds of prompts adapt the model: modality-specific (Eq. 1),
+task-aware, made from those and two missing keys (Eq. 2-4), and task-specific (Eq. 5); a contrastive loss on
+the task-aware ones lets similar cases help each other (Eq. 6-8).
 
-Shapes    B batch · T tasks = cases of missing modalities · t current task · M = 3 modalities: a audio, v video, l text
-          L prompt length · D width · n steps of a modality's sequence · C outputs (1 score, or classes) · H heads
-          (B,n,D) is a shape; Eq. n is the paper's number.
+Shapes    B batch · T tasks = cases of missing modalities · t current task · L prompt length · D width · H heads
+          M = 3 modalities: a audio, v video, l text · n steps of a modality's sequence
+          C outputs (1 score, or classes).  (B,n,D) is a shape; Eq. n is the paper's number.
 
 Call path, from the command line to the line where the prompts enter the backbone
     main                          reads the flags; a run for each seed
     run                           the protocol: task after task, test on all tasks seen so far
     learn_task                    epochs over one task
     MissingModalityPrompts.loss   Eq. 8 on a batch
-    Store.batch                   utterances with the task's modalities missing, already projected: {m: (B,n,D)}
+    Store.batch                 utterances with the task's modalities missing, already projected: {m: (B,n,D)}
     MissingPrompts.attach         which prompt each layer gets: Eq. 1 (P^m), Eq. 2-4 (P_A(t)), Eq. 5 (P_S^t)
     MultimodalTransformer.encode  walks through the layers of each modality, then through the fusion layers
     MSALayer.forward              attention over [P ; h]: here the prompt enters, for its layer alone
@@ -44,40 +44,44 @@ import metrics
 from data import InputError
 
 # ================================================================================================== the paper
-# Section 3 of the paper in the order of its equations, and nothing else: this part can be copied out by itself.
+# Section 3 of the paper in the order of its equations, and nothing else: this part copies out by itself.
 MODALITIES = ("audio", "video", "text")
-# Table 1: what is available in task 1..7.  Our copy holds none of its cells; this is one of the orders that fit the
-# text: "tasks 2 and 3, tasks 5 and 7" (Figure 4) must be the pairs that turn into each other when audio and text swap.
+# Table 1: what is available in task 1..7.  Our copy holds none of its cells; this is one of the orders that
+# fit the text: "tasks 2 and 3, tasks 5 and 7" (Figure 4) must be the pairs that turn into each other when
+# audio and text swap.
 PATTERNS = tuple(map(frozenset, (("audio", "video", "text"), ("audio", "video"), ("video", "text"), ("audio", "text"),
                                  ("audio",), ("video",), ("text",))))
-KINDS = ("MS", "TA", "TS")                                           # modality-specific, task-aware, task-specific
+KINDS = ("MS", "TA", "TS")                                      # modality-specific, task-aware, task-specific
 
 
 def mirror_pairs(patterns):
-    """The positive pairs (i,j), (m,n) of Eq. 7, from 0: patterns that turn into each other when audio and text swap.
+    """The positive pairs (i,j), (m,n) of Eq. 7, from 0: patterns that turn into each other when audio and
+    text swap.
 
-    First the pair with two modalities, then the pair with one; None where `patterns` does not hold both members.
+    First the pair with two modalities, then the pair with one; None where `patterns` does not hold both.
     """
     pairs = (({"audio", "video"}, {"video", "text"}), ({"audio"}, {"text"}))
     patterns = [set(p) for p in patterns]
-    return tuple((patterns.index(p), patterns.index(q)) if p in patterns and q in patterns else None for p, q in pairs)
+    there = lambda p, q: p in patterns and q in patterns
+    return tuple((patterns.index(p), patterns.index(q)) if there(p, q) else None for p, q in pairs)
 
 
 class MissingPrompts(nn.Module):
     """The three kinds of prompts and where they are attached.  Section 3.2, Eq. 1-5.
 
-    patterns   T frozensets of available modalities; a task is a pattern, so its number t is visible in the input
-    sequence   the order of the kinds from the first layer on (Table 5)      depths   N_M, N_A, N_S: by kind, not place
+    patterns   T frozensets of available modalities; a task is a pattern, so its number is visible in the input
+    sequence   the order of the kinds from the first layer on (Table 5)
+    depths     N_M, N_A, N_S: how many layers carry each kind, by kind, not place
     kinds      the kinds that are attached; a kind left out leaves its layers without prompt (Table 3)
-    start      the first layer with a prompt, from 0 (Table 6)               layers   MSA layers of each modality
+    start      the first layer with a prompt, from 0 (Table 6)     layers   MSA layers of each modality
     keys       "shared": one k_miss and one k_avail; "modality": a pair for each modality
-    init       standard deviation of the prompts.  Zero is refused: Eq. 2 multiplies two trained tensors, and with both
-               at zero neither ever receives a gradient; k_avail = k_miss makes all task-aware prompts equal.
+    init       standard deviation of the prompts.  Zero is refused: Eq. 2 multiplies two trained tensors, and with
+               both at zero neither ever receives a gradient; k_avail = k_miss makes all task-aware prompts equal.
     Raises ValueError where the prompts do not fit into the layers.
     """
 
-    def __init__(self, width=30, length=16, patterns=PATTERNS, kinds=KINDS, sequence=KINDS, depths=(1, 1, 1), start=0,
-                 layers=5, keys="shared", init=0.02):
+    def __init__(self, width=30, length=16, patterns=PATTERNS, kinds=KINDS, sequence=KINDS, depths=(1, 1, 1),
+                 start=0, layers=5, keys="shared", init=0.02):
         super().__init__()
         if init <= 0:
             raise ValueError("init must be positive: prompts of zero times keys never learn (Eq. 2)")
@@ -88,30 +92,31 @@ class MissingPrompts(nn.Module):
         after = layers - start - len(plan)
         self.plan = [None] * start + [kind if kind in kinds else None for kind in plan] + [None] * after
         T, M, groups = len(patterns), len(MODALITIES), 1 if keys == "shared" else len(MODALITIES)
-        aware = "TA" in self.plan                                    # P_M is also what task-aware prompts are made of
-        self.P_M = nn.Parameter(init * torch.randn(M, length, width)) if aware or "MS" in self.plan else None   # (M,L,D)
-        self.P_S = nn.Parameter(init * torch.randn(T, length, width)) if "TS" in self.plan else None            # (T,L,D)
-        self.k_miss = nn.Parameter(0.5 * torch.randn(groups, width)) if aware else None                         # (1|M,D)
-        self.k_avail = nn.Parameter(1 + 0.1 * torch.randn(groups, width)) if aware else None                    # (1|M,D)
+        aware = "TA" in self.plan                                # P_M is also what task-aware prompts are made of
+        normal = lambda used, spread, *shape: nn.Parameter(spread * torch.randn(*shape)) if used else None
+        self.P_M = normal(aware or "MS" in self.plan, init, M, length, width)                          # (M,L,D)
+        self.P_S = normal("TS" in self.plan, init, T, length, width)                                   # (T,L,D)
+        self.k_miss = normal(aware, 0.5, groups, width)                                                # (1|M,D)
+        self.k_avail = nn.Parameter(1 + 0.1 * torch.randn(groups, width)) if aware else None           # (1|M,D)
         missing = torch.tensor([[float(m not in p) for m in MODALITIES] for p in patterns])
-        self.register_buffer("missing", missing, persistent=False)   # (T,M) e_m(t) = 1 where modality m is missing
+        self.register_buffer("missing", missing, persistent=False)               # (T,M) e_m(t) = 1: m is missing
 
     def modality(self, m):
-        """P^m (L,D), m a name or an index: the same in all tasks.                                              Eq. 1"""
+        """P^m (L,D), m a name or an index: the same in all tasks.                                    Eq. 1"""
         return self.P_M[MODALITIES.index(m) if isinstance(m, str) else m]
 
     def task_aware(self, t=slice(None)):
-        """P_A(t) (L,D) for a number, (B,L,D) for (B,) task numbers, (T,L,D) without argument.                Eq. 2-3"""
-        # A modality's prompt is scaled, feature by feature, by the key for "missing" or by the key for "available".
-        # P_A^m(t) = [ e_m(t) k_miss + (1 - e_m(t)) k_avail ] * P^m     the key is broadcast to the L rows     Eq. 2
+        """P_A(t) (L,D) for a number, (B,L,D) for (B,) task numbers, (T,L,D) without argument.      Eq. 2-3"""
+        # A modality's prompt is scaled, feature by feature, by the key for "missing" or for "available".
+        # P_A^m(t) = [ e_m(t) k_miss + (1 - e_m(t)) k_avail ] * P^m  the key is broadcast to the L rows  Eq. 2
         e = self.missing[t][..., None]                                                  # (..,M,1)
         key = e * self.k_miss + (1 - e) * self.k_avail                                  # (..,M,D)
         # The prompt of the case is what the three modalities say together.
-        # P_A(t) = sum_m P_A^m(t)                                                                             Eq. 3
-        return torch.einsum("...md,mld->...ld", key, self.P_M)                          # (..,M,D) (M,L,D) -> (..,L,D)
+        # P_A(t) = sum_m P_A^m(t)                                                                        Eq. 3
+        return torch.einsum("...md,mld->...ld", key, self.P_M)                  # (..,M,D) (M,L,D) -> (..,L,D)
 
     def task_specific(self, t):
-        """P_S^t (L,D) for a number, (B,L,D) for (B,) task numbers: only its own task trains it.                Eq. 5"""
+        """P_S^t (L,D) for a number, (B,L,D) for (B,) task numbers: only its own task trains it.      Eq. 5"""
         return self.P_S[t]
 
     def z(self):
@@ -119,21 +124,21 @@ class MissingPrompts(nn.Module):
         return self.task_aware().mean(1)
 
     def attach(self, t):
-        """What each MSA layer of each modality gets in task t: one entry per layer, None or {modality: (1|B,L,D)}.
-        The layer reads [P ; h], the prompt in front of the sequence (MSALayer.forward)."""
+        """What each MSA layer of each modality gets in task t: one entry per layer, None or {modality:
+        (1|B,L,D)}. The layer reads [P ; h], the prompt in front of the sequence (MSALayer.forward)."""
         batch = lambda P: P if P.dim() == 3 else P[None]                                # (L,D) -> (1,L,D)
         at = {None: None}
         if "MS" in self.plan:
             # The first N_M layers: a prompt for each modality.
-            # h_i^m = MSA_i^m([P^m ; h_{i-1}^m])       i = 1 .. N_M                                           Eq. 1
+            # h_i^m = MSA_i^m([P^m ; h_{i-1}^m])       i = 1 .. N_M                                      Eq. 1
             at["MS"] = {m: batch(self.modality(m)) for m in MODALITIES}
         if "TA" in self.plan:
             # The next N_A: one prompt for all three modalities, made for the case.
-            # h_i^m = MSA_i^m([P_A(t) ; h_{i-1}^m])    i = N_M+1 .. N_M+N_A                                   Eq. 4
+            # h_i^m = MSA_i^m([P_A(t) ; h_{i-1}^m])    i = N_M+1 .. N_M+N_A                              Eq. 4
             at["TA"] = dict.fromkeys(MODALITIES, batch(self.task_aware(t)))
         if "TS" in self.plan:
             # The last N_S: a prompt that belongs to the case alone.
-            # h_i^m = MSA_i^m([P_S^t ; h_{i-1}^m])     i = N_M+N_A+1 .. N_M+N_A+N_S                           Eq. 5
+            # h_i^m = MSA_i^m([P_S^t ; h_{i-1}^m])     i = N_M+N_A+1 .. N_M+N_A+N_S                      Eq. 5
             at["TS"] = dict.fromkeys(MODALITIES, batch(self.task_specific(t)))
         return [at[kind] for kind in self.plan]
 
@@ -141,49 +146,57 @@ class MissingPrompts(nn.Module):
 def prepended(layer, P, h):
     """A layer reads [P ; h], and the L outputs at the prompt's places are dropped: Eq. 1, 4 and 5 literally.
 
-    layer: any map (B,n,D) -> (B,n,D).  P (B,L,D), h (B,n,D) -> (B,n,D).  MSALayer computes the same with half the work.
+    layer: any map (B,n,D) -> (B,n,D).  P (B,L,D), h (B,n,D) -> (B,n,D).  MSALayer computes the same with half
+    the work.
     """
     return layer(torch.cat([P, h], 1))[:, P.shape[1]:]               # (B,L+n,D) -> (B,n,D)
 
 
 def nt_xent(z, i, j, tau=0.5):
-    """The modified NT-Xent loss of the positive pair (i,j) among all task-aware prompts z (T,D), a scalar.     Eq. 6"""
+    """The modified NT-Xent loss of the positive pair (i,j) among all task-aware prompts z (T,D), ().      Eq. 6"""
     # z_j should be nearer to z_i than any other z_k; the positive stays in the sum, as in SimCLR.
-    # l(i,j) = -log  exp(sim(z_i,z_j)/tau) / sum_k 1[k != i] exp(sim(z_i,z_k)/tau),   sim = cosine            Eq. 6
+    # l(i,j) = -log  exp(sim(z_i,z_j)/tau) / sum_k 1[k != i] exp(sim(z_i,z_k)/tau),   sim = cosine       Eq. 6
     sim = F.cosine_similarity(z[i], z, dim=-1) / tau                                    # (D,) (T,D) -> (T,)
     others = torch.arange(len(z), device=z.device) != i                                 # (T,)
     return torch.logsumexp(sim[others], 0) - sim[j]
 
 
 def task_interaction_loss(z, pairs=((1, 2), (4, 6)), trade_off=1.0, tau=0.5):
-    """The contrastive task interaction loss on z (T,D), a scalar; a pair that is None is left out (Table 4).   Eq. 7"""
+    """The contrastive task interaction loss on z (T,D), (); a pair that is None is left out (Table 4).    Eq. 7"""
     # Both pairs, each in both directions; lambda (trade_off) weighs the second.
-    # L_con = [l(i,j) + l(j,i)] + lambda [l(m,n) + l(n,m)]                                                    Eq. 7
-    weights = (1.0, trade_off)
-    terms = [w * (nt_xent(z, *pair, tau) + nt_xent(z, *pair[::-1], tau)) for w, pair in zip(weights, pairs) if pair]
-    return sum(terms, z.new_zeros(()))
+    # L_con = [l(i,j) + l(j,i)] + lambda [l(m,n) + l(n,m)]                                               Eq. 7
+    loss = z.new_zeros(())
+    for weight, pair in zip((1.0, trade_off), pairs):
+        if pair:
+            i, j = pair
+            loss = loss + weight * (nt_xent(z, i, j, tau) + nt_xent(z, j, i, tau))
+    return loss
 
 
 def total_loss(L_task, L_con, gamma):
-    """The loss of a batch: the task's own (L1 for a score, cross-entropy for classes) and the interaction of tasks."""
-    # L = L_task(yhat, y) + gamma L_con                                                                       Eq. 8
+    """The loss of a batch: the task's own (L1 for a score, cross-entropy for classes) and the interaction of
+    tasks."""
+    # L = L_task(yhat, y) + gamma L_con                                                                  Eq. 8
     return L_task + gamma * L_con
 
 
 # =============================================================================================== the backbone
-# A transformer that knows all three modalities: a self-attention encoder for each, then self-attention over the three
-# sequences together.  It is trained on complete modalities, then frozen.  On the built-in world it is shipped
-# (backbones/); for anything else it is trained before the first task and kept in the cache (see the last section).
+# A transformer that knows all three modalities: a self-attention encoder for each, then self-attention over
+# the three sequences together.  It is trained on complete modalities, then frozen.  On the built-in world it
+# is shipped (backbones/); for anything else it is trained before the first task and kept in the cache (see
+# the last section).
 
 
 class Prefix(NamedTuple):
-    """A prompt in two halves, one for a layer's keys and one for its values, (1|B,L,D) each, as DualPrompt has it."""
+    """A prompt in two halves, one for a layer's keys and one for its values, (1|B,L,D) each, as DualPrompt
+    has it."""
     keys: torch.Tensor
     values: torch.Tensor
 
 
 class MSALayer(nn.Module):
-    """One pre-norm transformer layer, MSA_i^m of the paper.  width D, heads H.  Raises ValueError if H does not divide D."""
+    """One pre-norm transformer layer, MSA_i^m of the paper.  width D, heads H.  Raises ValueError if H does
+    not divide D."""
 
     def __init__(self, width, heads, dropout=0.1):
         super().__init__()
@@ -198,12 +211,13 @@ class MSALayer(nn.Module):
         """h (B,n,D), P (1|B,L,D) or None -> (B,n,D): MSA([P ; h]) without the L outputs at the prompt's places."""
         if isinstance(P, Prefix):
             return self.prefixed(h, P)
-        if P is not None:                                            # one row of a missing modality, B rows of prompts
+        if P is not None:                                   # one row of a missing modality, B rows of prompts
             h = h.expand(max(len(h), len(P)), -1, -1)
         q, k, v = self.split(self.qkv(self.norm1(h)))                                   # 3 x (B,H,n,D/H)
         if P is not None:
-            # Attention over [P ; h].  The outputs at the prompt's places are dropped after the layer, so the prompt is
-            # needed as keys and values only: the numbers of `prepended` for half the work.              Eq. 1, 4, 5
+            # Attention over [P ; h].  The outputs at the prompt's places are dropped after the layer, so the
+            # prompt is
+            # needed as keys and values only: the numbers of `prepended` for half the work.        Eq. 1, 4, 5
             P_k, P_v = self.keys_values(P)                                              # 2 x (1|B,H,L,D/H)
             k, v = self.in_front(P_k, k), self.in_front(P_v, v)                         # 2 x (B,H,L+n,D/H)
         return self.finish(h, q, k, v)
@@ -246,7 +260,8 @@ class CrossLayer(MSALayer):
         k, v = self.keys_values(source)
         if P is not None:
             for_keys, for_values = P if isinstance(P, Prefix) else (P, P)
-            k, v = self.in_front(self.keys_values(for_keys)[0], k), self.in_front(self.keys_values(for_values)[1], v)
+            k = self.in_front(self.keys_values(for_keys)[0], k)
+            v = self.in_front(self.keys_values(for_values)[1], v)
         return self.finish(h, q, k, v)
 
 
@@ -307,10 +322,10 @@ class MultimodalTransformer(nn.Module):
                 for layer, P in zip(self.streams[m], own):
                     x = layer(x, P)                                  # here the prompts enter, and leave again
             done.append(x.expand(B, -1, -1))
-        x = torch.cat(done, 1)                                                          # (B, n_l + n_a + n_v, D)
+        x = torch.cat(done, 1)                                                       # (B, n_l + n_a + n_v, D)
         for layer, P in zip(self.fusion, prompts[self.layers:]):
             x = layer(x, P)
-        return self.norm(x[:, 0])                                                       # position 0 is a feature
+        return self.norm(x[:, 0])                                                    # position 0 is a feature
 
     @staticmethod
     def walk_and_keep(layers, x, prompts):
@@ -334,8 +349,8 @@ class MultimodalTransformer(nn.Module):
 class MulT(MultimodalTransformer):
     """MulT (Tsai et al. 2019) as the backbone: every modality attends to each of the other two, layer by layer.
 
-    Crossmodal layers have no self-attention: a prompt among the queries would reach nobody, so it joins the keys and
-    values, with the prompt of the modality that is looked at.  No causal mask.
+    Crossmodal layers have no self-attention: a prompt among the queries would reach nobody, so it joins the
+    keys and values, with the prompt of the modality that is looked at.  No causal mask.
     """
 
     def __init__(self, dims, outputs, width=30, heads=5, layers=5, fusion=3, dropout=0.1):
@@ -374,31 +389,33 @@ BACKBONES = {"msa": MultimodalTransformer, "mult": MulT}
 def make_backbone(args, stream):
     """An untrained backbone.  Raises InputError where its parts do not fit."""
     with metrics.one_clear_line():
-        return BACKBONES[args.backbone](stream.extra["dims"], stream.extra["outputs"], args.width, args.heads, args.layers,
-                                        args.fusion_layers).to(args.device)
+        sizes = args.width, args.heads, args.layers, args.fusion_layers
+        return BACKBONES[args.backbone](stream.extra["dims"], stream.extra["outputs"], *sizes).to(args.device)
 
 
 def load_backbone(args, stream):
     """The backbone, trained on complete modalities: the shipped one, or one from the cache, or made now."""
-    with torch.random.fork_rng():                                    # its start and training leave the run's numbers alone
+    with torch.random.fork_rng():                       # its start and training leave the run's numbers alone
         torch.manual_seed(args.backbone_seed)
         net = make_backbone(args, stream)
         if is_shipped(args):
-            net.load_state_dict(metrics.small_backbone("mini-affect", args.backbone_seed, affect_config(args)))
+            seed, config = args.backbone_seed, affect_config(args)
+            net.load_state_dict(metrics.small_backbone("mini-affect", seed, config))
             return net
         return cached_backbone(args, stream, net)
 
 
 # ========================================================================================== compared methods
 # A method is a backbone with what it adds.  The protocol of every method:
-#     begin_task(t, rows)    before task t with training utterances rows (n,)       forward(b)   a Batch -> (B,C)
+#     begin_task(t, rows)    before task t with training utterances rows (n,)    forward(b)   a Batch -> (B,C)
 #     loss(b)                a Batch -> ()                                          end_task(t, rows)
-# and, for a few, edit_gradients() between backward and step, observe(b, epoch) after the step.  Class attributes: lr, its
-# own rate; weight, of its own loss term; frozen, whether the backbone is; one_stage, whether it knows no tasks.
+# and, for a few, edit_gradients() between backward and step, observe(b, epoch) after the step.  Class
+# attributes: lr, its own rate; weight, of its own loss term; frozen, whether the backbone is; one_stage,
+# whether it knows no tasks.
 
 
 class Batch(NamedTuple):
-    x: dict                # {m: (B,n,d)}: raw features, projected ones where the backbone is frozen; (1,n,d) if missing
+    x: dict      # {m: (B,n,d)}: raw features, projected ones where the backbone is frozen; (1,n,d) if missing
     y: torch.Tensor        # (B,)
     present: torch.Tensor  # (B,M) bool
     task: object           # the task's number, or (B,) numbers in a mixed batch
@@ -411,9 +428,9 @@ class Store:
     def __init__(self, stream, device="cpu"):
         self.scoring, self.outputs = stream.extra["scoring"], stream.extra["outputs"]
         self.x = {m: torch.as_tensor(x, device=device) for m, x in stream.extra["features"].items()}
-        self.blank = {m: torch.zeros_like(x[0]) for m, x in self.x.items()}             # (n,d) a missing modality
+        self.blank = {m: torch.zeros_like(x[0]) for m, x in self.x.items()}         # (n,d) a missing modality
         self.y = torch.as_tensor(stream.extra["label"], device=device)
-        self.present = torch.tensor([[m in p for m in MODALITIES] for p in PATTERNS], device=device)    # (T,M)
+        self.present = torch.tensor([[m in p for m in MODALITIES] for p in PATTERNS], device=device)   # (T,M)
 
     @torch.no_grad()
     def project(self, net):
@@ -427,7 +444,7 @@ class Store:
             present = self.present[task]                                                # (B,M)
             x = {m: torch.where(present[:, i, None, None], self.x[m][rows], self.blank[m])
                  for i, m in enumerate(MODALITIES)}
-        else:                                                        # one pattern for all: what is missing is one row
+        else:                                                # one pattern for all: what is missing is one row
             available = MODALITIES if task is None else PATTERNS[task]
             x = {m: self.x[m][rows] if m in available else self.blank[m][None] for m in MODALITIES}
             present = torch.tensor([m in available for m in MODALITIES], device=self.y.device).expand(len(rows), -1)
@@ -489,17 +506,18 @@ class Method(nn.Module):
 class MissingModalityPrompts(Method):
     """The paper's method: a frozen backbone, three kinds of prompts, contrastive interaction of the tasks.
 
-    keep: prompts stay in the sequence until the next kind takes their place.  init: spread of the prompts at the start.
+    keep: prompts stay in the sequence until the next kind takes their place.  init: spread of the prompts at
+    the start.
     """
     lr, frozen = 3e-2, True
 
     def __init__(self, net, store, args, keep=False, init=0.02):
         super().__init__(net, store, args)
-        self.prompts = MissingPrompts(net.width, args.length, PATTERNS, args.prompts, args.sequence, args.depths, args.start,
-                                      net.layers, args.keys, init)
+        self.prompts = MissingPrompts(net.width, args.length, PATTERNS, args.prompts, args.sequence, args.depths,
+                                      args.start, net.layers, args.keys, init)
         self.keep, self.gamma, self.trade_off, self.tau = keep, args.gamma, args.trade_off, args.tau
-        wanted = {"both": (True, True), "first": (True, False), "second": (False, True), "none": (False, False)}[args.pairs]
-        self.pairs = [pair if want else None for pair, want in zip(mirror_pairs(PATTERNS), wanted)]
+        self.pairs = [pair if args.pairs in ("both", which) else None
+                      for pair, which in zip(mirror_pairs(PATTERNS), ("first", "second"))]
 
     def forward(self, b):
         return self.net(b.x, self.prompts.attach(b.task), self.keep)                    # Eq. 1-5
@@ -543,13 +561,14 @@ class Joint(Method):
 
 
 class ER(Method):
-    """Experience replay (Chaudhry et al. 2019b): a reservoir of past samples, a second batch from it in every step."""
+    """Experience replay (Chaudhry et al. 2019b): a reservoir of past samples, a second batch from it in every
+    step."""
     buffered, lr = True, 1e-3
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
         size = args.buffer
-        self.register_buffer("kept", torch.zeros(3, size, dtype=torch.long))            # utterance, task, seen at
+        self.register_buffer("kept", torch.zeros(3, size, dtype=torch.long))        # utterance, task, seen at
         self.register_buffer("kept_output", torch.zeros(size, store.outputs))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
@@ -597,7 +616,8 @@ class DERpp(ER):
 
 
 class AGEM(ER):
-    """A-GEM (Chaudhry et al. 2019a): if the gradient g would raise the loss on the buffer, take that part out of it."""
+    """A-GEM (Chaudhry et al. 2019a): if the gradient g would raise the loss on the buffer, take that part out
+    of it."""
 
     def loss(self, b):
         j = self.recall(len(b.rows))                                 # drawn here, used by edit_gradients
@@ -636,7 +656,7 @@ class ICaRL(Method):
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
-        self.register_buffer("kept", torch.full((2, args.buffer), -1))                  # utterance, task; -1 free
+        self.register_buffer("kept", torch.full((2, args.buffer), -1))              # utterance, task; -1 free
         self.old = copy.deepcopy(net).requires_grad_(False)
 
     def begin_task(self, t, rows):
@@ -659,7 +679,7 @@ class ICaRL(Method):
     def end_task(self, t, rows):
         tasks = [*dict.fromkeys(self.kept[1][self.kept[0] >= 0].tolist()), t]
         share = self.kept.shape[1] // len(tasks)
-        kept = [self.kept[:, self.kept[1] == k][:, :share] for k in tasks[:-1]]      # herding order: the first are best
+        kept = [self.kept[:, self.kept[1] == k][:, :share] for k in tasks[:-1]]  # herding order: the first are best
         feature = torch.cat([self.net.encode(self.net.embed(self.store.batch(r, t).x)) for r in rows.split(256)])
         chosen = rows[herd(F.normalize(feature, dim=-1), share)]
         kept = torch.cat([*kept, torch.stack([chosen, torch.full_like(chosen, t)])], 1)
@@ -668,7 +688,8 @@ class ICaRL(Method):
 
 
 def herd(feature, k):
-    """Herding, (N,D) -> at most k indices: each next one brings the mean of the chosen closest to the mean of all."""
+    """Herding, (N,D) -> at most k indices: each next one brings the mean of the chosen closest to the mean of
+    all."""
     mean, total, chosen = feature.mean(0), torch.zeros_like(feature[0]), []
     free = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
     for i in range(min(k, len(feature))):
@@ -683,7 +704,8 @@ def herd(feature, k):
 
 
 class EWC(Method):
-    """EWC, online form (Kirkpatrick et al. 2017): stay near the last task's weights where they mattered to any task."""
+    """EWC, online form (Kirkpatrick et al. 2017): stay near the last task's weights where they mattered to
+    any task."""
     lr, weight = 1e-3, 1000.0                                        # weight is lambda
 
     def __init__(self, net, store, args):
@@ -698,7 +720,8 @@ class EWC(Method):
         return super().loss(b) + self.weight / 2 * (self.fisher * (theta - self.anchor) ** 2).sum()
 
     def end_task(self, t, rows):
-        # F_k += mean over samples of (d loss / d theta_k)^2, one sample at a time: squaring a batch mean is not Fisher
+        # F_k += mean over samples of (d loss / d theta_k)^2, one sample at a time: squaring a batch mean is
+        # not Fisher
         parameters, samples = list(self.parameters()), rows[torch.randperm(len(rows))[:32]]
         for row in samples:
             b = self.store.batch(row[None], t)
@@ -758,7 +781,8 @@ class Prompted(Method):
 
 
 class L2P(Prompted):
-    """L2P (Wang et al. 2022c): 10 prompts of length 5; the 5 whose keys are nearest to the query go into layers 1-3."""
+    """L2P (Wang et al. 2022c): 10 prompts of length 5; the 5 whose keys are nearest to the query go into
+    layers 1-3."""
     lr, weight = 3.3e-3, 0.01
 
     def __init__(self, net, store, args):
@@ -768,7 +792,7 @@ class L2P(Prompted):
 
     def select(self, b):
         sim = self.query(b) @ F.normalize(self.keys, dim=-1).T                          # (B,10)
-        return sim.topk(5, dim=-1)                                   # per sample: nobody else in the batch has a say
+        return sim.topk(5, dim=-1)                            # per sample: nobody else in the batch has a say
 
     def forward(self, b):
         prompt = self.pool[self.select(b).indices].flatten(1, 2)                        # (B,25,D)
@@ -779,7 +803,8 @@ class L2P(Prompted):
 
 
 class DualPrompt(Prompted):
-    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own in layers 3-5, found by its key."""
+    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own in layers 3-5, found by
+    its key."""
     weight = 1.0
 
     def __init__(self, net, store, args):
@@ -800,7 +825,7 @@ class DualPrompt(Prompted):
         if self.training:                                            # training knows its task, test does not
             expert = self.expert[b.task][None]                                          # (1,2,L,D)
         else:
-            expert = self.expert[self.match(b).masked_fill(~self.learned, -math.inf).argmax(-1)]          # (B,2,L,D)
+            expert = self.expert[self.match(b).masked_fill(~self.learned, -math.inf).argmax(-1)]   # (B,2,L,D)
         g = dict.fromkeys(MODALITIES, Prefix(self.general[None, 0], self.general[None, 1]))
         e = dict.fromkeys(MODALITIES, Prefix(expert[:, 0], expert[:, 1]))
         return self.net(b.x, [g, g] + [e] * (self.net.layers - 2))
@@ -810,8 +835,8 @@ class DualPrompt(Prompted):
 
 
 class SPrompts(Prompted):
-    """S-Prompts (Wang et al. 2022a): prompts learned for each task alone; at test the nearest of 5 k-means centres per
-    task says which."""
+    """S-Prompts (Wang et al. 2022a): prompts learned for each task alone; at test the nearest of 5 k-means
+    centres per task says which."""
     lr = 3e-2
 
     def __init__(self, net, store, args):
@@ -824,7 +849,7 @@ class SPrompts(Prompted):
         if self.training:
             prompt = self.prompts[b.task][None]
         else:
-            gap = (self.query(b)[:, None, None] - self.centres).norm(dim=-1).amin(-1)   # (B,T), inf where not learned
+            gap = (self.query(b)[:, None, None] - self.centres).norm(dim=-1).amin(-1)  # (B,T), inf where not learned
             prompt = self.prompts[gap.argmin(-1)]
         return self.net(b.x, [dict.fromkeys(MODALITIES, prompt)] * min(3, self.net.layers))
 
@@ -835,7 +860,7 @@ class SPrompts(Prompted):
 def kmeans(x, k, steps=10):
     """Lloyd's algorithm, (N,D) -> centres (k,D); starts from k random rows."""
     centres = x[torch.randperm(len(x), device=x.device)[:k]].clone()
-    centres = centres[torch.arange(k, device=x.device) % len(centres)]                 # fewer rows than centres
+    centres = centres[torch.arange(k, device=x.device) % len(centres)]               # fewer rows than centres
     for _ in range(steps):
         nearest = F.one_hot(torch.cdist(x, centres).argmin(-1), k).to(x.dtype)          # (N,k)
         count = nearest.sum(0)[:, None]
@@ -844,8 +869,9 @@ def kmeans(x, k, steps=10):
 
 
 class MPLMM(Prompted):
-    """MPLMM (Guo et al. 2024c) on this backbone: generative prompts make up the missing modality from those at hand,
-    signal prompts say for each modality whether it is real, missing-type prompts enter the fusion layers."""
+    """MPLMM (Guo et al. 2024c) on this backbone: generative prompts make up the missing modality from those
+    at hand, signal prompts say for each modality whether it is real, missing-type prompts enter the fusion
+    layers."""
     lr = 3e-2
 
     def __init__(self, net, store, args):
@@ -855,19 +881,19 @@ class MPLMM(Prompted):
         self.translate = nn.ModuleList(nn.Linear(D, D) for _ in MODALITIES)             # 1x1 convolutions
         self.signal = nn.Parameter(torch.zeros(M, 2, D))                                # missing, real
         self.kind = nn.Parameter(0.02 * torch.randn(M, 2, L, D))
-        self.matrix = nn.Parameter(torch.zeros(D, D))                # one factor random, one zero: two zeros are dead
+        self.matrix = nn.Parameter(torch.zeros(D, D))        # one factor random, one zero: two zeros are dead
 
     def forward(self, b):
         real = b.present.to(self.signal.dtype)                                          # (B,M)
         B, x = len(real), {}
         pooled = torch.stack([b.x[m].mean(1).expand(B, -1) for m in MODALITIES], 1)     # (B,M,D)
-        at_hand = (pooled * real[..., None]).sum(1) / real.sum(1, keepdim=True)         # (B,D) mean of what is there
+        at_hand = (pooled * real[..., None]).sum(1) / real.sum(1, keepdim=True)  # (B,D) mean of what is there
         for i, m in enumerate(MODALITIES):
             # a missing modality = its blank sequence + GELU(1x1 conv) of [generative prompt ; what is there]
-            made = F.gelu(self.translate[i](self.generative[i].mean(0) + at_hand))[:, None]              # (B,1,D)
+            made = F.gelu(self.translate[i](self.generative[i].mean(0) + at_hand))[:, None]          # (B,1,D)
             signal = self.signal[i][b.present[:, i].long()][:, None]                    # (B,1,D)
             x[m] = b.x[m].expand(B, -1, -1) + made * (1 - real[:, i, None, None]) + signal
-        kind = sum(self.kind[i][b.present[:, i].long()] for i in range(len(MODALITIES)))                 # (B,L,D)
+        kind = sum(self.kind[i][b.present[:, i].long()] for i in range(len(MODALITIES)))             # (B,L,D)
         kind = kind + kind @ self.matrix
         if isinstance(self.net, MulT):
             return self.net(x, [dict.fromkeys(MODALITIES, kind)])
@@ -886,9 +912,9 @@ def build_method(args, backbone, stream):
 
 
 # ============================================================================================ learn and test
-# The continual protocol: cases of missing modalities come one after the other, each with a new optimiser and no look
-# back (except for the methods with a buffer); after each, every case seen so far is tested.  The case is visible in the
-# input, so nobody has to tell the task.  The epoch with the lowest validation loss is kept.
+# The continual protocol: cases of missing modalities come one after the other, each with a new optimiser and
+# no look back (except for the methods with a buffer); after each, every case seen so far is tested.  The case
+# is visible in the input, so nobody has to tell the task.  The epoch with the lowest validation loss is kept.
 
 
 def load_stream(args):
@@ -955,18 +981,19 @@ def adam(parameters, lr, device):
 
 
 def evaluate(args, backbone, method, part):
-    """Scores of one split of one task: "score" is the accuracy in points; beside it what metrics.affect_scores knows."""
+    """Scores of one split of one task: "score" is the accuracy in points; beside it what
+    metrics.affect_scores knows."""
     rows, output = predict(args, method, part)
     scores = metrics.affect_scores(output.cpu().numpy(), method.store.y[rows].cpu().numpy(), method.store.scoring)
     return {"score": scores["accuracy"], **scores}
 
 
 def run(args, folder):
-    """One run with one fold and seed (args.fold, args.seed) in `folder`.  Returns what its results.json holds."""
+    """One run with one fold and seed (args.fold, args.seed) in `folder` -> what its results.json holds."""
     metrics.prepare(args, is_small(args))
     stream = load_stream(args)
     backbone = load_backbone(args, stream)
-    torch.manual_seed(args.seed)                                     # what a method draws at its start depends on the seed alone
+    torch.manual_seed(args.seed)                  # what a method draws at its start depends on the seed alone
     method = build_method(args, backbone, stream)
     run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet)
     describe(args, stream, method, run)
@@ -991,14 +1018,13 @@ def describe(args, stream, method, run):
     total = sum(p.numel() for p in method.net.parameters())
     sizes = ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
     buffer = f", buffer {args.buffer}" if method.buffered else ""
-    run.say(f"method    {args.method}   backbone {args.backbone} {args.backbone_seed}, {args.layers}+{args.fusion_layers} "
-            f"layers, D {args.width}   seed {args.seed}   {args.device} {args.dtype}\n"
-            f"data      {extra['version']}: {sizes}; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test "
-            f"per task, {args.samples}\n"
-            f"tasks     {' -> '.join(stream.names)}   (available: a audio, v video, l text)\n"
-            f"learned   {count} of {total} parameters, {100 * count / total:.1f} %; lr {args.lr:g}, batch {args.batch}, "
-            f"{args.epochs} epochs{buffer}\n"
-            f"protocol  no task id at test but the pattern, which the input shows; select on validation, report test")
+    run.say(f"method    {args.method}   backbone {args.backbone} {args.backbone_seed}, D {args.width}, "
+            f"{args.layers}+{args.fusion_layers} layers   seed {args.seed}   {args.device} {args.dtype}\n"
+            f"data      {extra['version']}: {sizes}; {len(task.train)} train, {len(task.val)} val, "
+            f"{len(task.test)} test per task, {args.samples}\n"
+            f"tasks     {' -> '.join(stream.names)}   (available: a audio, v video, l text); no task id at test\n"
+            f"learned   {count} of {total} parameters, {100 * count / total:.1f} %; lr {args.lr:g}, "
+            f"batch {args.batch}, {args.epochs} epochs{buffer}")
     for note in stream.notes:
         run.say(note)
 
@@ -1016,7 +1042,7 @@ def finish(args, stream, method, run):
     results = run.finish(values, prompts, f"{args.method}: accuracy after each task", final=last,
                          trainable=run.kept["trainable"], backbone=sum(p.numel() for p in method.net.parameters()),
                          world=stream.extra["version"], **method.extras())
-    if "task_aware_cosine" in results:                               # in the order of Table 1, whatever --order
+    if "task_aware_cosine" in results:                             # in the order of Table 1, whatever --order
         cosine_map(results["task_aware_cosine"], run.folder / "task_aware_cosine.png")
     if args.data == "mini" and not args.smoke:
         bounds = {word: word for word in ("frozen", "fine-tuning", "joint")}
@@ -1030,8 +1056,9 @@ def cosine_map(cosine, path):
 
 
 # ==================================================================================================== tables
-# name: (title, the row that others are compared with, rows).  A row: its label, the arguments that make it, and what the
-# paper prints for CMU-MOSI (AA, FM).  Our copy of the paper lost the cells of Tables 1, 3, 4, 5, 6: their labels are ours.
+# name: (title, the row that others are compared with, rows).  A row: its label, the arguments that make it,
+# and what the paper prints for CMU-MOSI (AA, FM).  Our copy of the paper lost the cells of Tables 1, 3, 4, 5,
+# 6: their labels are ours.
 COLUMNS = ("AA", "FM_max", "FM_diag")
 METHOD_ROWS = [
     ("iCaRL, buffer 250", {"method": "icarl"}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem"}, (63.18, 4.10)),
@@ -1084,12 +1111,14 @@ SMOKE_WORLD = {"train": 64, "val": 64, "test": 96, "upstream": 256, "upstream_va
 
 
 def bench(args):
-    """Step time, memory kept for the backward pass, and parameters, against the frozen backbone without prompts."""
-    stream, rows = load_stream(args), None
+    """Step time, memory kept for the backward pass, and parameters, against the frozen backbone."""
+    stream = load_stream(args)
     names, jobs, kept, methods = list(dict.fromkeys(("none", args.method, "finetune"))), [], [], []
     for name in names:
-        methods.append(METHODS[name](make_backbone(args, stream), Store(stream, args.device), args).to(args.device).train())
-    rows, t = torch.as_tensor(stream.tasks[0].train.rows[:args.batch], device=args.device), number(stream.tasks[0])
+        one = METHODS[name](make_backbone(args, stream), Store(stream, args.device), args)
+        methods.append(one.to(args.device).train())
+    first = stream.tasks[0]
+    rows, t = torch.as_tensor(first.train.rows[:args.batch], device=args.device), number(first)
 
     def step(method):
         learns = any(p.requires_grad for p in method.parameters())
@@ -1100,7 +1129,7 @@ def bench(args):
             loss.backward()
 
     for method in methods:
-        stored = {}                                                  # storage -> bytes kept for the backward pass
+        stored = {}                                              # storage -> bytes kept for the backward pass
 
         def note(x):
             stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -1120,7 +1149,8 @@ def bench(args):
 
 
 def settle(args):
-    """The arguments of one run, with the defaults that depend on others.  Raises InputError for those that do not fit."""
+    """The arguments of one run, with the defaults that depend on others.  Raises InputError for those that do
+    not fit."""
     args = metrics.settle_shared(args)
     args.lr = METHODS[args.method].lr if args.lr is None else args.lr
     args.epochs = args.epochs or (6 if is_small(args) else 30)
@@ -1133,14 +1163,17 @@ def is_small(args):
 
 
 def parse_args(argv=None):
-    p = metrics.shared_flags("Prompts for missing modalities that arrive one after the other (arXiv 2503.00528).", METHODS,
-                             TABLES, "mini, mini4 (four classes), <file>.npz, or mosi, mosei, sims, iemocap with --root",
+    p = metrics.shared_flags("Prompts for missing modalities that arrive one after the other.", METHODS, TABLES,
+                             "mini, mini4 (four classes), <file>.npz, or mosi, mosei, sims, iemocap with --root",
                              "msa: self-attention encoders; mult: crossmodal ones (open in the paper)",
                              backbone="msa", batch=64, eval_batch=512, grad_clip=0.8)
     add, number = p.add_argument, metrics.positive
-    add("--folds", type=metrics.natural, nargs="+", default=[0], help="of <file>.npz, or IEMOCAP's cross-validation sets")
-    add("--samples", default="shared", choices=("shared", "disjoint"), help="do tasks mask the same utterances or own ones (open)")
-    add("--max-length", type=number, default=50, help="longer sequences are averaged over that many windows (real data)")
+    add("--folds", type=metrics.natural, nargs="+", default=[0],
+        help="of <file>.npz, or IEMOCAP's cross-validation sets")
+    add("--samples", default="shared", choices=("shared", "disjoint"),
+        help="do tasks mask the same utterances or own ones (open)")
+    add("--max-length", type=number, default=50,
+        help="longer sequences are averaged over that many windows (real data)")
     add("--width", type=number, default=30, help="D of prompts and backbone; paper 30")
     add("--heads", type=number, default=5, help="of the backbone's attention")
     add("--layers", type=number, default=5, help="MSA layers of each modality (open in the paper)")
@@ -1152,8 +1185,10 @@ def parse_args(argv=None):
     add("--depths", nargs=3, type=metrics.natural, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"),
         help="layers that carry each kind (open)")
     add("--start", type=metrics.natural, default=0, help="first layer with a prompt, from 0 (Table 6)")
-    add("--keys", default="shared", choices=("shared", "modality"), help="one pair of missing keys, or one per modality (open)")
-    add("--pairs", default="both", choices=("both", "first", "second", "none"), help="pairs in Eq. 7: (i,j), (m,n) (Table 4)")
+    add("--keys", default="shared", choices=("shared", "modality"),
+        help="one pair of missing keys, or one per modality (open)")
+    add("--pairs", default="both", choices=("both", "first", "second", "none"),
+        help="pairs in Eq. 7: (i,j), (m,n) (Table 4)")
     add("--trade-off", type=metrics.finite, default=1.0, help="lambda of Eq. 7 (open)")
     add("--tau", type=metrics.above_zero, default=0.5, help="temperature of Eq. 6 (open)")
     add("--gamma", type=metrics.finite, default=0.1, help="gamma of Eq. 8 (open)")
@@ -1161,7 +1196,7 @@ def parse_args(argv=None):
         "DualPrompt; default: the method's own")
     add("--buffer", type=number, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250 and 500")
     args = metrics.check_shared(p.parse_args(argv))
-    args.options = {}                                                # arguments of the class without a flag, for tables
+    args.options = {}                                      # arguments of the class without a flag, for tables
     if args.smoke:
         args.epochs = args.epochs or 2
     if args.backbone not in BACKBONES:
@@ -1184,11 +1219,12 @@ def main(argv=None):
         return bench(one)
     if args.table:
         title, against, rows = TABLES[args.table]
-        table = metrics.Table(args, settle, f"{title}; {args.data}, {one.epochs} epochs; the paper's numbers are its CMU-MOSI",
-                              against, rows, COLUMNS, ("AA",), "AA / FM", lines=args.table.startswith("fig"))
+        title = f"{title}; {args.data}, {one.epochs} epochs; the paper's numbers are its CMU-MOSI"
+        table = metrics.Table(args, settle, title, against, rows, COLUMNS, ("AA",), "AA / FM", lines=args.table.startswith("fig"))
         for one, folder in table.missing():
             run(one, folder)
-        cosines = [r["task_aware_cosine"] for r in table.done().get(against, {}).values() if "task_aware_cosine" in r]
+        done = table.done().get(against, {}).values()
+        cosines = [r["task_aware_cosine"] for r in done if "task_aware_cosine" in r]
         if cosines:
             cosine_map(np.mean(cosines, 0), table.folder / f"table{args.table}_cosine.png")
         return print(table.write())
@@ -1202,8 +1238,8 @@ def main(argv=None):
 
 
 # ======================================================================================== the small backbone
-# Training on complete modalities: on utterances of its own for the built-in world, disjoint from the stream; on the
-# training utterances for real data, which has no others.  Nobody needs this to read the method.
+# Training on complete modalities: on utterances of its own for the built-in world, disjoint from the stream;
+# on the training utterances for real data, which has no others.  Nobody needs this to read the method.
 SHIPPED = {"backbone": "msa", "width": 30, "heads": 5, "layers": 5, "fusion_layers": 3, "pre_epochs": 20}
 PRE_CLIP = 0.8                                                       # largest gradient norm
 
@@ -1219,8 +1255,8 @@ def affect_config(args):
 
 
 def teach_backbone(args, stream, net):
-    """Trains net on complete modalities, keeps the epoch with the lowest validation loss.  Raises InputError if none is
-    finite."""
+    """Trains net on complete modalities, keeps the epoch with the lowest validation loss.  Raises InputError
+    if none is finite."""
     train, val = stream.extra["upstream"]
     store, best, device = Store(stream, args.device), (math.inf, None), torch.device(args.device)
     rows, val = (torch.as_tensor(part.rows, device=device) for part in (train, val))
@@ -1249,11 +1285,13 @@ def teach_backbone(args, stream, net):
 
 
 def cached_backbone(args, stream, net):
-    """net trained on complete modalities, from the cache if this configuration and these utterances were met before."""
+    """net trained on complete modalities, from the cache if this configuration and these utterances were met
+    before."""
     from safetensors.torch import load_file, save
     train, _ = stream.extra["upstream"]
     parts = [np.ascontiguousarray(x[train.rows]).tobytes() for x in (*train.features.values(), train.label)]
-    key = metrics.digest([affect_config(args), stream.extra["version"], stream.extra["scoring"], *map(metrics.content, parts)])
+    known = [affect_config(args), stream.extra["version"], stream.extra["scoring"], *map(metrics.content, parts)]
+    key = metrics.digest(known)
     path = data.cache_folder() / f"affect-{args.backbone}-{key}.safetensors"
     if path.exists():
         with contextlib.suppress(Exception):                         # a broken file is made anew
@@ -1269,7 +1307,7 @@ def cached_backbone(args, stream, net):
 def pretrain(args):
     """Makes backbones/mini-affect-<seed>.safetensors anew."""
     if not is_shipped(args):
-        raise InputError("--pretrain makes the shipped backbone: leave --data and the backbone's flags at their defaults")
+        raise InputError("--pretrain makes the shipped backbone: leave --data and its own flags at their defaults")
     metrics.prepare(args, True)
     start, stream = time.time(), data.affect_stream("mini", PATTERNS, seed=args.seed)
     torch.manual_seed(args.backbone_seed)
