@@ -1305,7 +1305,7 @@ def pretrain(args):
     model, clip = pretrained(config, args.quiet)
     tensors = {**{f"llava.{k}": v for k, v in model.state_dict().items()},
                **{f"clip.{k}": v for k, v in clip.state_dict().items()}}
-    about = {"world": f"mini-CoIN {MINI_COIN}", "command": f"python modalprompt.py --pretrain --backbone-seed {seed}",
+    about = {"version": f"mini-CoIN {MINI_COIN}", "command": f"python modalprompt.py --pretrain --backbone-seed {seed}",
              "minutes": round((time.time() - start) / 60, 1)}
     metrics.keep_small_backbone("mini-coin", seed, config, tensors, **about)
     bounds = {}
