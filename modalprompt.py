@@ -1,27 +1,30 @@
 """ModalPrompt: continual instruction tuning of a large multimodal model with dual-modality guided prompts.
 
-Paper     "ModalPrompt: Towards Efficient Multimodal Continual Instruction Tuning with Dual-Modality Guided Prompt",
-          EMNLP 2025, arXiv 2410.05849v2.  Official code: github.com/AuroraZengfh/ModalPrompt at c7bee7c.
-          Written from the paper; where paper and official code differ, the docs list both and what is done here.
-Run       python modalprompt.py                      mini-CoIN, eight tasks, one seed: a minute on a laptop, no downloads
+Paper     "ModalPrompt: Towards Efficient Multimodal Continual Instruction Tuning with Dual-Modality
+          Guided Prompt", EMNLP 2025, arXiv 2410.05849v2.
+          Official code: github.com/AuroraZengfh/ModalPrompt at c7bee7c.  Written from the paper; where paper
+          and official code differ, the docs list both and what is done here.
+Run       python modalprompt.py                  mini-CoIN, eight tasks, one seed: a minute, no downloads
           python modalprompt.py --data coin --root DIR --backbone llava-hf/llava-1.5-7b-hf \\
                  --clip openai/clip-vit-large-patch14-336 --template vicuna --dtype bf16        one GPU
-Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k prompt sets kept, D width of the
-          language model, G width of the guidance, S tokens of a sequence, P = k'L tokens of the prefix, V words,
-          A answer tokens.   (B,G) is a shape.
-Call path main -> run                 the continual protocol: eight tasks, one after the other
-            -> learn_task             the steps on one task
-              -> guide -> Guidance    what CLIP sees and reads: x_v, x_t                                       Eq. 1
-              -> ModalPrompt.forward  the prompt sets nearest to both: the prefix X~_p, and L_Proto          Eq. 2-4, 6
-              -> VLM.loss             places the prefix before the question, runs the frozen model
-                -> VLM._call          arms the hook on the embedding layer
-                  -> VLM._write_prefix -> join     here the prompts enter the backbone
-                -> language_loss      L_LMM                                                                    Eq. 5
-              -> total_loss           both losses together                                                     Eq. 7
-            -> evaluate -> ModalPrompt.select (Eq. 8) -> VLM.answer (Eq. 9) -> VLM._call -> ... as above
+Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k prompt sets kept, D width of
+          the language model, G width of the guidance, S tokens of a sequence, P = k'L tokens of the prefix,
+          V words, A answer tokens.   (B,G) is a shape.
+Call path main -> run                   the continual protocol: eight tasks, one after the other
+            -> learn_task               the steps on one task
+              -> guide -> Guidance      what CLIP sees and reads: x_v, x_t                          Eq. 1
+              -> ModalPrompt.forward    the prompt sets nearest to both: X~_p, and L_Proto          Eq. 2-4, 6
+              -> VLM.loss               makes places before the question, runs the frozen model
+                -> VLM._call            arms the hook on the embedding layer
+                  -> VLM._write_prefix -> join        here the prompts enter the backbone
+                -> language_loss        L_LMM                                                       Eq. 5
+              -> total_loss             both losses together                                        Eq. 7
+            -> evaluate -> ModalPrompt.select           every set competes                          Eq. 8
+                        -> VLM.answer -> VLM._call      as above, then the answer                   Eq. 9
 
-One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction; the sets
-whose prototypes are nearest to both are put in front of the input.  Only the set of the current task learns.
+One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction;
+the sets whose prototypes are nearest to both are put in front of the input.  Only the set of the current task
+learns.
 """
 import argparse
 import inspect
@@ -70,7 +73,8 @@ class Guidance(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """images: list of B PIL pictures or None; texts: list of B instructions -> x_v (B,G), x_t (B,G), float32.
+        """images: list of B PIL pictures or None; texts: list of B instructions -> x_v (B,G), x_t (B,G),
+        float32.
 
         A sample without a picture has a row of zeros in x_v, which every formula below reads as "no picture".
         """
@@ -100,7 +104,8 @@ class ModalPrompt(nn.Module):
     guidance, so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
     (Table 5).  Earlier sets are frozen and never written again; a task keeps its set and its prototype, its
-    projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a setting out of range.
+    projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a setting out of
+    range.
     """
 
     needs_guidance = True
@@ -144,7 +149,8 @@ class ModalPrompt(nn.Module):
             prompt.requires_grad_(False)
 
     def _current_prototype(self):
-        # What a task is about, in the space of the guidance: the MLP on each of its L tokens, then their mean.
+        # What a task is about, in the space of the guidance: the MLP on each of its L tokens, then their
+        # mean.
         # c_t = Proj_p(X_p^t)                                                                            Eq. 2
         return self.projector(self.prompts[-1]).mean(0)                  # (L,D) -> (L,G) -> (G,)
 
@@ -177,7 +183,8 @@ class ModalPrompt(nn.Module):
         return lam * alpha + (1 - lam) * beta                            # (B,t)
 
     def gather(self, chosen):
-        """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D).  All L tokens of a task come together."""
+        """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D).  All L tokens of a task come
+        together."""
         return torch.stack(list(self.prompts))[chosen].flatten(1, 2)     # (t,L,D)[(B,k')] -> (B,k',L,D) -> (B,k'L,D)
 
     def forward(self, x_v, x_t):
@@ -217,14 +224,16 @@ class ModalPrompt(nn.Module):
         return self.gather(chosen), chosen
 
     def tensors(self):
-        """What is needed to answer: a flat dict of tensors for safetensors.  About 0.17 MB a task at D = 4096."""
+        """What is needed to answer: a flat dict of tensors for safetensors.  About 0.17 MB a task at D =
+        4096."""
         return {"prompts": torch.stack(list(self.prompts)).detach(), "prototypes": self.prototypes.detach(),
                 "top_k": torch.tensor(self.top_k), "lam": torch.tensor(self.lam),
                 "selection": torch.tensor(int(self.selection))}
 
     @classmethod
     def from_tensors(cls, saved):
-        """A ModalPrompt that can select, from `tensors()`.  Raises ValueError if a tensor is missing or misshapen."""
+        """A ModalPrompt that can select, from `tensors()`.  Raises ValueError if a tensor is missing or
+        misshapen."""
         wrong = {"prompts", "prototypes", "top_k", "lam"} - set(saved)
         if wrong or saved["prompts"].ndim != 3 or saved["prototypes"].shape[:1] != saved["prompts"].shape[:1]:
             raise ValueError(f"these prompts are not ModalPrompt's: {', '.join(sorted(wrong)) or 'shapes do not fit'}; "
@@ -238,7 +247,8 @@ class ModalPrompt(nn.Module):
 
 
 def join(prefix, h, places):
-    """[X~_p; X_v; X_instruct], the bracket of Eq. 5 and 9: prefix (B,P,D) into h (B,S,D) where places (B,S) is true.
+    """[X~_p; X_v; X_instruct], the bracket of Eq. 5 and 9: prefix (B,P,D) into h (B,S,D) where places (B,S)
+    is true.
 
     The sequence was made with P free places after its first token, so that positions and masks fit already.
     """
@@ -248,41 +258,49 @@ def join(prefix, h, places):
 
 
 def language_loss(logits, labels):
-    """L_LMM, summed over the batch's answer tokens.  logits (B,A,V), labels (B,A), -100 where there is no token."""
+    """L_LMM, summed over the batch's answer tokens.  logits (B,A,V), labels (B,A), -100 where there is no
+    token."""
     # Prompts are good when the frozen model, having read them, gives each next token of the answer.
     # L_LMM = -sum_l log p(y_l | [X~_p; X_v; X_instruct; y_<l]; theta)                                   Eq. 5
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")   # ()
 
 
 def total_loss(language, losses, weight=1.0):
-    """What a step minimises.  language (): L_LMM; losses: what `forward` returned, for ModalPrompt {"proto": ()}."""
+    """What a step minimises.  language (): L_LMM; losses: what `forward` returned, for ModalPrompt {"proto":
+    ()}."""
     # The prompts learn to answer, and their prototype learns to be found: together, with equal weight.
     # L_Total = L_Proto + L_LMM                                                                          Eq. 7
     return language + weight * sum(losses.values())                      # ()
 
 
 # =============================================================================================== the backbone
-# Any image-text-to-text model of transformers, frozen.  The prompts enter at one place: a hook on the embedding
-# layer writes them over placeholder tokens (VLM._write_prefix).  Baselines that prompt deeper layers use one
-# more hook a layer (VLM._write_deep).
+# Any image-text-to-text model of transformers, frozen.  The prompts enter at one place: a hook on the
+# embedding layer writes them over placeholder tokens (VLM._write_prefix).  Baselines that prompt deeper
+# layers use one more hook a layer (VLM._deep_hook).
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions. USER: {image}{text} ASSISTANT:")
 PLAIN = "USER: {image}{text} ASSISTANT:"
 
 
 class LayeredPrefix(NamedTuple):
-    """A prefix for the input, and others that replace it in deeper layers.  Most methods return a bare tensor."""
+    """A prefix for the input, and others that replace it in deeper layers.  Most methods return a bare
+    tensor."""
     soft: torch.Tensor                                                   # (B,P,D)  in front of the input
     deep: dict                                                  # {layer: (B,n,D)}  the last n of the P places
+
+
+def layered(prefix):
+    """A tensor (B,P,D) as a LayeredPrefix without deep layers; a LayeredPrefix as it is."""
+    return prefix if isinstance(prefix, LayeredPrefix) else LayeredPrefix(prefix, {})
 
 
 class VLM:
     """A frozen Hugging Face image-text-to-text model that reads a prefix of soft tokens.
 
-    The prefix takes the places of P placeholder tokens (an ordinary id, masked by position) after BOS: a hook on the
-    embedding layer writes it there.  Every tensor of token shape grows with them, so that models which compute
-    positions from ids (the Qwen family) stay right, which `inputs_embeds` would silently break.  The hook counts its
-    firings.  A prefix is (B,P,D), or a LayeredPrefix.
+    The prefix takes the places of P placeholder tokens (an ordinary id, masked by position) after BOS: a hook
+    on the embedding layer writes it there.  Every tensor of token shape grows with them, so that models which
+    compute positions from ids (the Qwen family) stay right, which `inputs_embeds` would silently break.  The
+    hook counts its firings.  A prefix is (B,P,D), or a LayeredPrefix.
     template: "chat" the processor's own chat template, "vicuna" LLaVA-1.5's training string, "plain" the same
     without its first sentence.
     """
@@ -312,7 +330,8 @@ class VLM:
 
     # ---- where the prompts enter
     def _places_of(self, B, S):
-        """The placeholder mask (B,S) for this call, or None for calls without placeholders (cached decoding)."""
+        """The placeholder mask (B,S) for this call, or None for calls without placeholders (cached
+        decoding)."""
         if self._prefix is None or S != self._places.shape[1]:
             return None
         if B % len(self._places):
@@ -320,7 +339,8 @@ class VLM:
         return self._places.repeat_interleave(B // len(self._places), 0)      # beams: every row several times
 
     def _write_prefix(self, module, inputs, out):
-        """The hook on the embedding layer: ids (B,S) became out (B,S,D), here the prefix is written over its places."""
+        """The hook on the embedding layer: ids (B,S) became out (B,S,D), here the prefix is written over its
+        places."""
         ids = inputs[0]
         places = self._places_of(*ids.shape) if ids.ndim == 2 else None
         if places is None:
@@ -330,7 +350,8 @@ class VLM:
         return join(soft.repeat_interleave(len(ids) // len(soft), 0), out, places)    # here the prompts enter
 
     def _deep_hook(self, i):
-        """The hook before layer i: where the prefix has a tensor for this layer, it replaces what stands there."""
+        """The hook before layer i: where the prefix has a tensor for this layer, it replaces what stands
+        there."""
         def hook(module, inputs, kwargs):
             deep = self._prefix.deep.get(i) if self._prefix is not None else None
             h = inputs[0] if inputs else kwargs["hidden_states"]
@@ -344,9 +365,9 @@ class VLM:
         return hook
 
     def _call(self, function, prefix, places, **kwargs):
-        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired exactly once."""
-        if not isinstance(prefix, LayeredPrefix):
-            prefix = LayeredPrefix(prefix, {})
+        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired exactly
+        once."""
+        prefix = layered(prefix)
         if prefix.soft.shape[1] == 0:
             return function(**kwargs)
         self._prefix, self._places, self.fired = prefix, places, 0
@@ -361,7 +382,8 @@ class VLM:
 
     # ---- samples to tensors
     def _item(self, sample):
-        """One sample through the processor: a dict of tensors, (1,S) for tokens.  Kept where the sample has a `key`."""
+        """One sample through the processor: a dict of tensors, (1,S) for tokens.  Kept where the sample has a
+        `key`."""
         key = sample.get("key")
         if key in self._items:
             return self._items[key]
@@ -389,8 +411,9 @@ class VLM:
     def encode(self, samples, P, answers=False):
         """samples -> (inputs, places (B,S) of the P placeholders, labels (B,A) or None).
 
-        A row is   padding | BOS | P placeholders | picture and question | answer | padding   so that questions end
-        in the same column, the answers fill the last A columns, and only A + 1 columns need logits.
+        A row is   padding | BOS | P placeholders | picture and question | answer | padding   so that
+        questions end in the same column, the answers fill the last A columns, and only A + 1 columns need
+        logits.
         labels: answer tokens and end of sequence, -100 elsewhere (never the prompts).
         """
         items = [self._item(s) for s in samples]
@@ -408,7 +431,8 @@ class VLM:
         return {k: v.to(self.device) for k, v in inputs.items()}, places, labels
 
     def _pad_tokens(self, name, items, tails, P):
-        """One tensor (B,S) of token shape: ids, attention mask, token types, or where the placeholders are."""
+        """One tensor (B,S) of token shape: ids, attention mask, token types, or where the placeholders
+        are."""
         # What stands in padding, in a placeholder, and at an answer token (None: the token itself).
         padding, placeholder, said = {"input_ids": (self.pad, self.eos, None), "attention_mask": (0, 1, 1),
                                       "placeholders": (0, 1, 0)}.get(name, (0, 0, 0))
@@ -426,7 +450,8 @@ class VLM:
         return torch.stack(rows)                                         # (B,S)
 
     def _pad_pictures(self, name, items):
-        """Pictures of different sizes, and what describes them: zeros at their ends, joined along the first axis."""
+        """Pictures of different sizes, and what describes them: zeros at their ends, joined along the first
+        axis."""
         parts = [item[name] for item in items if name in item]
         largest = [max(n) for n in zip(*(part.shape[1:] for part in parts))]
         whole = []
@@ -439,8 +464,8 @@ class VLM:
     # ---- learning and answering
     def loss(self, samples, prefix):
         """L_LMM of Eq. 5 as a sum over the batch's answer tokens, and the number of these tokens."""
-        soft = prefix.soft if isinstance(prefix, LayeredPrefix) else prefix
-        inputs, places, labels = self.encode(samples, soft.shape[1], answers=True)
+        prefix = layered(prefix)
+        inputs, places, labels = self.encode(samples, prefix.soft.shape[1], answers=True)
         A = labels.shape[1]
         logits = self._call(self.model, prefix, places, **inputs, logits_to_keep=A + 1, use_cache=False).logits
         # The logits that foretell a token stand one place before it.
@@ -449,10 +474,13 @@ class VLM:
     @torch.no_grad()
     def answer(self, samples, prefix, max_new_tokens=32, **generate):
         """Eq. 9, greedy: list of B strings.  prefix (B,P,D), P may be 0."""
-        soft = prefix.soft if isinstance(prefix, LayeredPrefix) else prefix
-        inputs, places, _ = self.encode(samples, soft.shape[1])
-        how = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad, **generate}
-        # y = f([X~_p; X_v; X_instruct]; theta): no task number, no other weights, only the prompts in front        Eq. 9
+        prefix = layered(prefix)
+        inputs, places, _ = self.encode(samples, prefix.soft.shape[1])
+        how = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad}
+        how.update(generate)
+        # No task number and no other weights: the frozen model f, and the chosen prompts in front.
+        # y = f([X~_p; X_v; X_instruct]; theta)
+        # Eq. 9
         tokens = self._call(self.model.generate, prefix, places, **inputs, **how)[:, places.shape[1]:]
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -475,7 +503,8 @@ def transformers_quietly():
 
 
 def load_backbone(args, stream=None):
-    """Backbone of --backbone "mini", a Hugging Face id or a folder.  Raises InputError if one cannot be had or read."""
+    """Backbone of --backbone "mini", a Hugging Face id or a folder.  Raises InputError if one cannot be had
+    or read."""
     tf = transformers_quietly()
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.backbone != "mini" and args.clip is None:
@@ -504,14 +533,16 @@ def load_backbone(args, stream=None):
 # =========================================================================================== compared methods
 # One protocol for all, the paper's class above included:
 #   begin_task(token_embeddings, generator)   once a task, before it is learned
-#   forward(x_v, x_t) -> prefix, losses       a step of training;   select(x_v, x_t) -> prefix, chosen   an answer
-#   end_task()                                freezes what belongs to the task
-# Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real backbones;
-# needs_guidance, whether CLIP has to look.  A constructor asks by name for what it needs: see build_method.
+#   forward(x_v, x_t) -> prefix, losses       a step of training;   select(x_v, x_t) -> prefix, chosen   an
+# answer   end_task()                                freezes what belongs to the task
+# Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real
+# backbones; needs_guidance, whether CLIP has to look.  A constructor asks by name for what it needs: see
+# build_method.
 
 
 class Frozen(nn.Module):
-    """Zero-shot, the lower bound: the frozen model, no prefix.  The others inherit what they leave as it is."""
+    """Zero-shot, the lower bound: the frozen model, no prefix.  The others inherit what they leave as it
+    is."""
     needs_guidance, lr, lr_large = False, 0.0, 2e-4
 
     def __init__(self, width):
@@ -534,7 +565,8 @@ class Frozen(nn.Module):
 class LoRA(nn.Module):
     """Low-rank adapters on every linear layer of the language model, several experts of them if wanted.
 
-    W x + alpha/r sum_e g_e(x) B_e A_e x,  g = softmax(W_g x) over the experts (1 for a single one).  B starts at zero.
+    W x + alpha/r sum_e g_e(x) B_e A_e x,  g = softmax(W_g x) over the experts (1 for a single one).  B starts
+    at zero.
     """
 
     def __init__(self, vlm, rank=8, alpha=16, experts=1):
@@ -604,9 +636,11 @@ def vocabulary_rows(token_embeddings, shape, generator):
 
 
 class L2P(Frozen):
-    """Wang et al. 2022b: one pool for all tasks; the N prompts whose keys are nearest to the query go in front.
+    """Wang et al. 2022b: one pool for all tasks; the N prompts whose keys are nearest to the query go in
+    front.
 
-    Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's default).
+    Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's
+    default).
     """
     needs_guidance, lr = True, 5e-3
 
@@ -632,11 +666,11 @@ class L2P(Frozen):
 
 
 class DualPrompt(Frozen):
-    """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert prompt (10) a
-    task in the upper ones, each layer with its own tokens.
+    """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert
+    prompt (10) a task in the upper ones, each layer with its own tokens.
 
-    Below its layers an expert place holds a zero vector, which has zero key and value.  The expert of the nearest
-    key answers; keys learn 1 - cos to the query.  The prefix is a LayeredPrefix.
+    Below its layers an expert place holds a zero vector, which has zero key and value.  The expert of the
+    nearest key answers; keys learn 1 - cos to the query.  The prefix is a LayeredPrefix.
     """
     needs_guidance, lr = True, 0.02
 
@@ -727,7 +761,8 @@ class CODAPrompt(Frozen):
 
 
 class ProgressivePrompts(Frozen):
-    """Razdaibiedina et al. 2023: the sets of all tasks, one after the other, always; only the current one learns."""
+    """Razdaibiedina et al. 2023: the sets of all tasks, one after the other, always; only the current one
+    learns."""
     lr = 1e-3
 
     def __init__(self, width, length=10):
@@ -754,7 +789,8 @@ METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": FineTune, "jo
 
 
 def build_method(args, backbone, stream):
-    """The method of --method: its constructor gets what it asks for by name, from the backbone, the stream or a flag."""
+    """The method of --method: its constructor gets what it asks for by name, from the backbone, the stream or
+    a flag."""
     vlm, kind = backbone.vlm, METHODS[args.method]
     there = {"vlm": vlm, "width": vlm.width, "n_layers": len(vlm.layers), "guidance_width": backbone.guidance.width,
              "tasks": len(stream), **{k: getattr(args, k) for k in ("length", "top_k", "lam", "fusion", "selection",
@@ -765,8 +801,9 @@ def build_method(args, backbone, stream):
 
 
 # =========================================================================================== learn and test
-# The continual protocol: tasks come one after the other, and after each all tasks seen so far are tested, without a
-# task number.  Only what the method marks as trainable learns; the backbone and the guide stay as they were.
+# The continual protocol: tasks come one after the other, and after each all tasks seen so far are tested,
+# without a task number.  Only what the method marks as trainable learns; the backbone and the guide stay as
+# they were.
 
 
 def load_stream(args):
@@ -781,8 +818,8 @@ def load_stream(args):
 
 @torch.no_grad()
 def guide(backbone, method, samples, batch=64):
-    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples.  CLIP is frozen, so every sample is looked at once and
-    carries what was seen along.  Rows of width 0 for a method that needs no guidance."""
+    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples.  CLIP is frozen, so every sample is looked at once
+    and carries what was seen along.  Rows of width 0 for a method that needs no guidance."""
     if not method.needs_guidance:
         return torch.zeros(len(samples), 0), torch.zeros(len(samples), 0)
     new = [s for s in samples if "guide" not in s]
@@ -795,13 +832,15 @@ def guide(backbone, method, samples, batch=64):
 
 
 def begin_task(args, backbone, method, t):
-    """Begins task t; what it draws depends on the seed and on t alone, so that a resumed run draws the same."""
+    """Begins task t; what it draws depends on the seed and on t alone, so that a resumed run draws the
+    same."""
     torch.manual_seed(args.seed * 7919 + t)
     method.begin_task(backbone.vlm.embedding.weight, torch.Generator().manual_seed(args.seed * 7919 + t))
 
 
 def learn_task(args, backbone, method, task, run):
-    """Trains method on one task: AdamW, warm-up over 3 % of the steps, then constant; the last epoch is kept."""
+    """Trains method on one task: AdamW, warm-up over 3 % of the steps, then constant; the last epoch is
+    kept."""
     learning = {name: p for name, p in method.named_parameters() if p.requires_grad}
     if not learning:                                                     # zero-shot
         return
@@ -810,8 +849,7 @@ def learn_task(args, backbone, method, task, run):
     others = [p for name, p in learning.items() if not name.startswith("projector")]
     groups = [{"params": others, "rate": args.lr}]
     if projector:
-        rate = method.lr_projector if args.backbone == "mini" else method.lr_large
-        groups.append({"params": projector, "rate": rate})
+        groups.append({"params": projector, "rate": method.lr_projector if args.backbone == "mini" else method.lr_large})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     samples, vlm = task.train, backbone.vlm
     x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
@@ -843,8 +881,8 @@ def learn_task(args, backbone, method, task, run):
 
 @torch.no_grad()
 def evaluate(args, backbone, method, samples):
-    """Answers the samples of one task: {"score", "official"} in points, the latter by the official code's scoring;
-    "chosen" (N,k') prompt sets or None; "answers", N strings."""
+    """Answers the samples of one task: {"score", "official"} in points, the latter by the official code's
+    scoring; "chosen" (N,k') prompt sets or None; "answers", N strings."""
     vlm, answers, chosen = backbone.vlm, [], []
     x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
     for i in range(0, len(samples), args.eval_batch):
@@ -862,7 +900,8 @@ def evaluate(args, backbone, method, samples):
 
 
 def summary(A):
-    """The paper's four averages of a matrix (T,T): Last, Avg, B, M (appendix A); only Last where it has one row alone."""
+    """The paper's four averages of a matrix (T,T): Last, Avg, B, M (appendix A); only Last where it has one
+    row alone."""
     if len(A) == 1 or np.isnan(A[0, 0]):
         return {"Last": float(A[-1].mean())}
     return {"Last": float(metrics.last(A).mean()), "Avg": float(metrics.avg(A).mean()),
@@ -874,18 +913,6 @@ def world(args):
     return f"mini-CoIN {MINI_COIN}" if args.data == "mini" else args.data
 
 
-def describe(args, backbone, stream, run):
-    """Prints what a run is made of, before it starts."""
-    vlm, guidance, env = backbone.vlm, backbone.guidance, metrics.environment()
-    run.say(f"{'method':<10}{args.method}   backbone {args.backbone} (width {vlm.width}, {len(vlm.layers)} layers)   "
-            f"guidance width {guidance.width} ({guidance.text_feature} text)   seed {args.seed}   no task id at test")
-    run.say(f"{'samples':<10}" + "  ".join(f"{x.name} {len(x.train)}/{len(x.val)}/{len(x.test)}" for x in stream.tasks))
-    for note in stream.notes:
-        run.say(f"{'note':<10}{note}")
-    run.say(f"{'setup':<10}{args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, {args.dtype} on "
-            f"{args.device}; torch {env['torch']}, transformers {env['transformers']}, commit {env['commit']}")
-
-
 def run(args, folder):
     """One method, one seed: learns the stream and leaves `folder`; returns what results.json holds."""
     metrics.prepare(args, small=args.backbone == "mini")
@@ -894,7 +921,13 @@ def run(args, folder):
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream)
     run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet), len(stream)
-    describe(args, backbone, stream, run)
+    run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, seed {args.seed}, "
+            "no task id at test")
+    run.say(f"setup     {args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, {args.dtype}, "
+            f"{args.device}; " + ", ".join(f"{k} {v}" for k, v in metrics.environment().items()))
+    counts = [f"{task.name} {len(task.train)}/{len(task.val)}/{len(task.test)}" for task in stream.tasks]
+    run.say(f"samples   {'  '.join(counts)}")
+    run.say("\n".join(f"note      {note}" for note in stream.notes))
 
     bound = args.method in ("none", "joint")                             # they know no tasks: one stage
     for t in range(run.stage + run.begun):                     # a killed run had begun these: as many prompts
@@ -935,8 +968,8 @@ def run(args, folder):
 
 
 # =================================================================================================== tables
-# What makes a row differ from the default command, and what the paper prints: LLaVA-1.5-7B on CoIN.  B: lower is
-# better.  Rows without numbers are not in the paper.
+# What makes a row differ from the default command, and what the paper prints: LLaVA-1.5-7B on CoIN.  B: lower
+# is better.  Rows without numbers are not in the paper.
 COLUMNS = ("Last", "Avg", "B", "M")
 PAPER = {"multi-task": (67.10, None, None, None), "zero-shot": (48.89, None, None, None),
          "finetune": (29.06, 17.53, 51.73, 26.19),                    # B: the paper's own formula gives 53.26
@@ -946,40 +979,34 @@ PAPER = {"multi-task": (67.10, None, None, None), "zero-shot": (48.89, None, Non
          "text": (50.39, 49.02, None, None), "fusion only": (37.36, 31.87, 27.09, 34.94),
          "selection only": (44.81, 38.24, 17.16, 40.71)}
 CHANGES = {"zero-shot": {"method": "none"}, "multi-task": {"method": "joint"},
-           "picture only": {"method": "joint", "see": "picture"}, "question only": {"method": "joint", "see": "question"},
-           "image": {"lam": 1.0}, "text": {"lam": 0.0}, "fusion only": {"selection": False}, "selection only": {"fusion": False}}
+           "picture only": {"method": "joint", "see": "picture"},
+           "question only": {"method": "joint", "see": "question"},
+           "image": {"lam": 1.0}, "text": {"lam": 0.0},
+           "fusion only": {"selection": False}, "selection only": {"fusion": False},
+           **{f"k {n}": {"top_k": n} for n in (1, 2)}, **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},
+           **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
 
 
-def rows(*labels):
-    """The rows of a table: [(label, changed arguments, the paper's numbers)].  A label such as "k 2" names a flag."""
-    flags = {"k": {}, "length": {}, "experts": {"method": "moelora"}}
-    out = []
-    for label in labels:
-        word, _, number = label.partition(" ")
-        if word in flags and number:
-            changes = {**flags[word], {"k": "top_k"}.get(word, word): int(number)}
-        else:
-            changes = CHANGES.get(label, {"method": label})
-        out.append((label, changes, PAPER.get(label)))
-    return out
+def table_of(title, *labels):
+    """A table's title and rows: [(label, changed arguments, the paper's numbers)].  Other labels are methods."""
+    return {"title": title, "rows": [(x, CHANGES.get(x, {"method": x}), PAPER.get(x)) for x in labels]}
 
 
 TABLES = {
-    "bounds": {"title": "The bounds of mini-CoIN: what can be had without learning, and from one modality", "rows": rows(
-        "zero-shot", "multi-task", "picture only", "question only", "finetune")},
-    "2": {"title": "Table 2: all methods; B: lower is better", "rows": rows(
-        "modalprompt", "zero-shot", "finetune", "multi-task", "moelora", "l2p", "dualprompt", "coda", "progressive")},
-    "3": {"title": "Table 3: which modality guides; B: lower is better", "rows": rows("image", "text", "modalprompt")},
-    "5": {"title": "Table 5: fusion and selection; B: lower is better", "rows": rows(
-        "fusion only", "selection only", "modalprompt")},
-    "k": {"title": "Number k of prompt sets, not in the paper; B: lower is better", "rows": rows("k 1", "k 2", "modalprompt")},
-    "10": {"title": "Tables 10 and 11: whole matrices; B: lower is better", "rows": rows(
-        "finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda")},
-    "fig3": {"title": "Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "rows": rows(
-        "length 1", "length 2", "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora", "experts 16")},
-    "fig4": {"title": "Figure 4: what is near to what, and what is chosen", "rows": rows("modalprompt")},
-}
-# Table 6 (--bench of four methods): memory in MiB, tokens per second, trainable share in percent, on an A6000.
+    "bounds": table_of("Bounds of mini-CoIN: without learning, jointly, from one modality; paper: CoIN",
+                       "zero-shot", "multi-task", "picture only", "question only", "finetune"),
+    "2": table_of("Table 2: all methods; B: lower is better", "modalprompt", "zero-shot", "finetune", "multi-task",
+                  "moelora", "l2p", "dualprompt", "coda", "progressive"),
+    "3": table_of("Table 3: which modality guides; B: lower is better", "image", "text", "modalprompt"),
+    "5": table_of("Table 5: fusion and selection; B: lower is better", "fusion only", "selection only", "modalprompt"),
+    "k": table_of("Number k of prompt sets, not in the paper; B: lower is better", "k 1", "k 2", "modalprompt"),
+    "10": table_of("Tables 10 and 11: whole matrices; B: lower is better",
+                   "finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"),
+    "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "length 1", "length 2",
+                     "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora", "experts 16"),
+    "fig4": table_of("Figure 4: what is near to what, and what is chosen; B: lower is better", "modalprompt")}
+# Table 6 (--bench of four methods): memory in MiB, tokens per second, trainable share in percent, on an
+# A6000.
 PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27),
            "progressive": ("-", "-", "-")}
 
@@ -1022,7 +1049,8 @@ def table_notes(args, table):
 
 
 def answer_one(args):
-    """--answer IMAGE "question" --prompts FILE: chooses among the saved prompts, prints the answer and the sets chosen."""
+    """--answer IMAGE "question" --prompts FILE: chooses among the saved prompts, prints the answer and the
+    sets chosen."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     image, question = args.answer
@@ -1057,7 +1085,8 @@ def answer_one(args):
 
 
 def bench(args):
-    """Parameters, memory, step time and tokens per second of one method; how an answer's time grows with the tasks."""
+    """Parameters, memory, step time and tokens per second of one method; how an answer's time grows with the
+    tasks."""
     meta = args.backbone == "7b" and args.device == "cpu"              # shapes only: nothing is stored or run
     if args.backbone == "7b":
         with torch.device("meta" if meta else args.device):
@@ -1229,9 +1258,9 @@ def main(argv=None):
 
 
 # ======================================================================================= the small backbone
-# How backbones/mini-coin-<seed>.safetensors was made; nobody needs this to read the method.  A LLaVA and a CLIP of
-# transformers, small, learn an upstream mixture (data.mini_coin_upstream) in which none of the stream's sentences,
-# instructions or pictures occur.
+# How backbones/mini-coin-<seed>.safetensors was made; nobody needs this to read the method.  A LLaVA and a
+# CLIP of transformers, small, learn an upstream mixture (data.mini_coin_upstream) in which none of the
+# stream's sentences, instructions or pictures occur.
 MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 4000,
         "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.35}       # short: share of one-word answers
 FILLERS = ("well", "so", "just", "kindly", "ok")
@@ -1243,8 +1272,10 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
                 vocabulary=0):
     """An untrained LLaVA and CLIP, small by default, with a word-level tokenizer over `words`.
 
-    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers as wide as what they feed.
-    Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained, Auto classes work.
+    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers as wide as what
+    they feed.
+    Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained, Auto
+    classes work.
     """
     tf = transformers_quietly()
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -1298,7 +1329,8 @@ def small_models(seed):
 
 
 def pretrain(args):
-    """Makes the small backbone of --backbone-seed anew, measures the bounds on it, and keeps both in one file."""
+    """Makes the small backbone of --backbone-seed anew, measures the bounds on it, and keeps both in one
+    file."""
     seed, start = args.backbone_seed or 0, time.time()
     config = small_config(seed)
     model, clip = pretrained(config, args.quiet)
@@ -1319,10 +1351,11 @@ def pretrain(args):
 def pretrained(config, quiet=False):
     """(LLaVA, CLIP), pre-trained in four steps, each easy once the one before is done.
 
-    The vision tower alone names what stands where in a picture, and is frozen; the projector learns to send a patch
-    near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP is aligned.
-    Upstream: a terse skill word, before the picture or in the user's turn among filler words; sentences for answers
-    unless it says "short".
+    The vision tower alone names what stands where in a picture, and is frozen; the projector learns to send a
+    patch near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP is
+    aligned.
+    Upstream: a terse skill word, before the picture or in the user's turn among filler words; sentences for
+    answers unless it says "short".
     """
     torch.manual_seed(config["seed"])
     rng = random.Random(f"upstream {config['seed']}")
@@ -1345,15 +1378,19 @@ def pretrained(config, quiet=False):
         return pixels[rows] / 127.5 - 1
 
     def fit(what, steps, module, loss_of, choose):
-        # The schedule multiplies the optimiser's rate, so that is 1: warm-up, then a cosine down to a hundredth.
+        # The schedule multiplies the optimiser's rate, so that is 1: warm-up, then a cosine down to a
+        # hundredth.
         def rate(step):
             decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
             return config["lr"] * min(1, (step + 1) / 100) * decay
         learning = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, 1.0, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        # Clipped over the whole module: the last gradient of the tower, frozen since, counts in LLaVA's first norms.
-        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(module.parameters(), 1.0))
+        # Clipped over the whole module: the last gradient of the tower, frozen since, counts in LLaVA's first
+        # norms.
+        def clip_all(*_):
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.register_step_pre_hook(clip_all)
 
         def loss(step):
             return loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
