@@ -800,7 +800,7 @@ def build_method(args, backbone, stream):
         return kind(**{**asked, **args.options}).to(vlm.device)
 
 
-# =========================================================================================== learn and test
+# ============================================================================================= learn and test
 # The continual protocol: tasks come one after the other, and after each all tasks seen so far are tested,
 # without a task number.  Only what the method marks as trainable learns; the backbone and the guide stay as
 # they were.
@@ -967,7 +967,7 @@ def run(args, folder):
                       notes=stream.notes, **more)
 
 
-# =================================================================================================== tables
+# ===================================================================================================== tables
 # What makes a row differ from the default command, and what the paper prints: LLaVA-1.5-7B on CoIN.  B: lower
 # is better.  Rows without numbers are not in the paper.
 COLUMNS = ("Last", "Avg", "B", "M")
@@ -1011,7 +1011,7 @@ PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalpr
            "progressive": ("-", "-", "-")}
 
 
-# ============================================================================================= command line
+# =============================================================================================== command line
 # One run, several seeds, a table of the paper, the cost of a method, or one answer.
 
 
@@ -1253,11 +1253,11 @@ def main(argv=None):
         metrics.keep_means(args.out, results)
     if args.data == "mini" and not args.smoke:
         labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
-        print(metrics.worth("modalprompt", world(args), labels, "Last"))
+        print(metrics.worth("modalprompt", world(args), labels, "Last") or "no bounds on file for this world")
     print(metrics.last_line(name, results, COLUMNS))
 
 
-# ======================================================================================= the small backbone
+# ========================================================================================= the small backbone
 # How backbones/mini-coin-<seed>.safetensors was made; nobody needs this to read the method.  A LLaVA and a
 # CLIP of transformers, small, learn an upstream mixture (data.mini_coin_upstream) in which none of the
 # stream's sentences, instructions or pictures occur.
