@@ -23,8 +23,7 @@ Call path main -> run                   the continual protocol: eight tasks, one
                         -> VLM.answer -> VLM._call      as above, then the answer                   Eq. 9
 
 One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction;
-the sets whose prototypes are nearest to both are put in front of the input.  Only the set of the current task
-learns.
+the sets with the nearest prototypes are put in front of the input.  Only the current task's set learns.
 """
 import argparse
 import inspect
@@ -47,6 +46,7 @@ from torch.nn import functional as F
 import metrics
 from data import (MINI_COIN, MINI_WORD, InputError, instruction_stream, mini_coin_upstream, mini_coin_words,
                   picture_problem, sample_picture)
+from metrics import YES_NO, positive
 
 # ================================================================================================== the paper
 # Eq. 1 to 9 in their order of use.  A frozen CLIP guides (Eq. 1), each task has a prototype (Eq. 2), cosines
@@ -73,8 +73,7 @@ class Guidance(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """images: list of B PIL pictures or None; texts: list of B instructions -> x_v (B,G), x_t (B,G),
-        float32.
+        """images: list of B PIL pictures or None; texts: B instructions -> x_v (B,G), x_t (B,G), float32.
 
         A sample without a picture has a row of zeros in x_v, which every formula below reads as "no picture".
         """
@@ -86,8 +85,10 @@ class Guidance(nn.Module):
             pixels = pictures["pixel_values"].to(device, self.clip.dtype)
             # What stands in the picture: the class token after the last norm, then CLIP's own projection.
             # x_v = Proj_v(E_I(X_v))                                                                     Eq. 1
-            x_v[seen] = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output).float()
-        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=77)
+            state = self.clip.vision_model(pixel_values=pixels).pooler_output
+            x_v[seen] = self.clip.visual_projection(state).float()
+        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True,
+                                max_length=77)
         # What the instruction asks: the state of its end-of-text token.
         # x_t = E_T(X_instruct)                                                                          Eq. 1
         x_t = self.clip.text_model(input_ids=tokens["input_ids"].to(device),
@@ -104,8 +105,7 @@ class ModalPrompt(nn.Module):
     guidance, so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
     (Table 5).  Earlier sets are frozen and never written again; a task keeps its set and its prototype, its
-    projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a setting out of
-    range.
+    projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad setting.
     """
 
     needs_guidance = True
@@ -115,9 +115,9 @@ class ModalPrompt(nn.Module):
     def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True):
         super().__init__()
         if top_k < 1 or length < 1 or not 0 <= lam <= 1:
-            raise ValueError(f"top_k and length are at least 1 and lam lies in 0..1, not {top_k}, {length}, {lam}")
-        self.width, self.guidance_width, self.length, self.top_k, self.lam = width, guidance_width, length, top_k, lam
-        self.fusion, self.selection = fusion, selection
+            raise ValueError(f"top_k and length from 1 on, lam in 0..1, not {top_k}, {length}, {lam}")
+        self.width, self.guidance_width, self.length = width, guidance_width, length
+        self.top_k, self.lam, self.fusion, self.selection = top_k, lam, fusion, selection
         self.prompts = nn.ParameterList()                                # t sets X_p^i, each (L,D)
         self.projector = None                                            # Proj_p^t of the current task only
         # A buffer and no parameter: prototypes of finished tasks are constants, but saved with the rest.
@@ -149,8 +149,7 @@ class ModalPrompt(nn.Module):
             prompt.requires_grad_(False)
 
     def _current_prototype(self):
-        # What a task is about, in the space of the guidance: the MLP on each of its L tokens, then their
-        # mean.
+        # What a task is about, where the guidance lives: the MLP on each of its L tokens, then their mean.
         # c_t = Proj_p(X_p^t)                                                                            Eq. 2
         return self.projector(self.prompts[-1]).mean(0)                  # (L,D) -> (L,G) -> (G,)
 
@@ -183,8 +182,7 @@ class ModalPrompt(nn.Module):
         return lam * alpha + (1 - lam) * beta                            # (B,t)
 
     def gather(self, chosen):
-        """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D).  All L tokens of a task come
-        together."""
+        """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D), a task's L tokens together."""
         return torch.stack(list(self.prompts))[chosen].flatten(1, 2)     # (t,L,D)[(B,k')] -> (B,k',L,D) -> (B,k'L,D)
 
     def forward(self, x_v, x_t):
@@ -224,16 +222,14 @@ class ModalPrompt(nn.Module):
         return self.gather(chosen), chosen
 
     def tensors(self):
-        """What is needed to answer: a flat dict of tensors for safetensors.  About 0.17 MB a task at D =
-        4096."""
+        """What is needed to answer: a flat dict of tensors for safetensors; 0.17 MB a task at D = 4096."""
         return {"prompts": torch.stack(list(self.prompts)).detach(), "prototypes": self.prototypes.detach(),
                 "top_k": torch.tensor(self.top_k), "lam": torch.tensor(self.lam),
                 "selection": torch.tensor(int(self.selection))}
 
     @classmethod
     def from_tensors(cls, saved):
-        """A ModalPrompt that can select, from `tensors()`.  Raises ValueError if a tensor is missing or
-        misshapen."""
+        """A ModalPrompt that can select, from `tensors()`.  Raises ValueError for bad ones."""
         wrong = {"prompts", "prototypes", "top_k", "lam"} - set(saved)
         if wrong or saved["prompts"].ndim != 3 or saved["prototypes"].shape[:1] != saved["prompts"].shape[:1]:
             raise ValueError(f"these prompts are not ModalPrompt's: {', '.join(sorted(wrong)) or 'shapes do not fit'}; "
@@ -247,8 +243,7 @@ class ModalPrompt(nn.Module):
 
 
 def join(prefix, h, places):
-    """[X~_p; X_v; X_instruct], the bracket of Eq. 5 and 9: prefix (B,P,D) into h (B,S,D) where places (B,S)
-    is true.
+    """[X~_p; X_v; X_instruct], the bracket of Eq. 5 and 9: prefix (B,P,D) into h (B,S,D) at places (B,S).
 
     The sequence was made with P free places after its first token, so that positions and masks fit already.
     """
@@ -258,16 +253,14 @@ def join(prefix, h, places):
 
 
 def language_loss(logits, labels):
-    """L_LMM, summed over the batch's answer tokens.  logits (B,A,V), labels (B,A), -100 where there is no
-    token."""
+    """L_LMM, summed over the batch's answer tokens.  logits (B,A,V), labels (B,A), -100 for no token."""
     # Prompts are good when the frozen model, having read them, gives each next token of the answer.
     # L_LMM = -sum_l log p(y_l | [X~_p; X_v; X_instruct; y_<l]; theta)                                   Eq. 5
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")   # ()
 
 
 def total_loss(language, losses, weight=1.0):
-    """What a step minimises.  language (): L_LMM; losses: what `forward` returned, for ModalPrompt {"proto":
-    ()}."""
+    """What a step minimises, ().  language (): L_LMM; losses: of `forward`, for ModalPrompt {"proto": ()}."""
     # The prompts learn to answer, and their prototype learns to be found: together, with equal weight.
     # L_Total = L_Proto + L_LMM                                                                          Eq. 7
     return language + weight * sum(losses.values())                      # ()
@@ -283,8 +276,7 @@ PLAIN = "USER: {image}{text} ASSISTANT:"
 
 
 class LayeredPrefix(NamedTuple):
-    """A prefix for the input, and others that replace it in deeper layers.  Most methods return a bare
-    tensor."""
+    """A prefix for the input, and others that replace it in deeper layers.  Most methods need no others."""
     soft: torch.Tensor                                                   # (B,P,D)  in front of the input
     deep: dict                                                  # {layer: (B,n,D)}  the last n of the P places
 
@@ -310,7 +302,8 @@ class VLM:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.embedding = model.get_input_embeddings()
         self.width, self.device = self.embedding.weight.shape[1], self.embedding.weight.device
-        self.template = template if template != "chat" or getattr(processor, "chat_template", None) else "plain"
+        speaks = template != "chat" or getattr(processor, "chat_template", None)
+        self.template = template if speaks else "plain"
         self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         if self.pad is None:
             self.pad = self.eos
@@ -330,8 +323,7 @@ class VLM:
 
     # ---- where the prompts enter
     def _places_of(self, B, S):
-        """The placeholder mask (B,S) for this call, or None for calls without placeholders (cached
-        decoding)."""
+        """The placeholder mask (B,S) for this call; None where there are none (cached decoding)."""
         if self._prefix is None or S != self._places.shape[1]:
             return None
         if B % len(self._places):
@@ -339,8 +331,7 @@ class VLM:
         return self._places.repeat_interleave(B // len(self._places), 0)      # beams: every row several times
 
     def _write_prefix(self, module, inputs, out):
-        """The hook on the embedding layer: ids (B,S) became out (B,S,D), here the prefix is written over its
-        places."""
+        """The hook on the embedding layer: ids (B,S) became out (B,S,D); here the prefix is written."""
         ids = inputs[0]
         places = self._places_of(*ids.shape) if ids.ndim == 2 else None
         if places is None:
@@ -350,8 +341,7 @@ class VLM:
         return join(soft.repeat_interleave(len(ids) // len(soft), 0), out, places)    # here the prompts enter
 
     def _deep_hook(self, i):
-        """The hook before layer i: where the prefix has a tensor for this layer, it replaces what stands
-        there."""
+        """The hook before layer i: what the prefix has for this layer replaces what stands there."""
         def hook(module, inputs, kwargs):
             deep = self._prefix.deep.get(i) if self._prefix is not None else None
             h = inputs[0] if inputs else kwargs["hidden_states"]
@@ -365,8 +355,7 @@ class VLM:
         return hook
 
     def _call(self, function, prefix, places, **kwargs):
-        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired exactly
-        once."""
+        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired once."""
         prefix = layered(prefix)
         if prefix.soft.shape[1] == 0:
             return function(**kwargs)
@@ -382,8 +371,7 @@ class VLM:
 
     # ---- samples to tensors
     def _item(self, sample):
-        """One sample through the processor: a dict of tensors, (1,S) for tokens.  Kept where the sample has a
-        `key`."""
+        """One sample through the processor: a dict of tensors, (1,S) for tokens.  Kept by its `key`."""
         key = sample.get("key")
         if key in self._items:
             return self._items[key]
@@ -412,8 +400,7 @@ class VLM:
         """samples -> (inputs, places (B,S) of the P placeholders, labels (B,A) or None).
 
         A row is   padding | BOS | P placeholders | picture and question | answer | padding   so that
-        questions end in the same column, the answers fill the last A columns, and only A + 1 columns need
-        logits.
+        questions end in the same column, the answers fill the last A columns, so A + 1 columns need logits.
         labels: answer tokens and end of sequence, -100 elsewhere (never the prompts).
         """
         items = [self._item(s) for s in samples]
@@ -431,8 +418,7 @@ class VLM:
         return {k: v.to(self.device) for k, v in inputs.items()}, places, labels
 
     def _pad_tokens(self, name, items, tails, P):
-        """One tensor (B,S) of token shape: ids, attention mask, token types, or where the placeholders
-        are."""
+        """One tensor (B,S) of token shape: ids, attention mask, token types, or the placeholders."""
         # What stands in padding, in a placeholder, and at an answer token (None: the token itself).
         padding, placeholder, said = {"input_ids": (self.pad, self.eos, None), "attention_mask": (0, 1, 1),
                                       "placeholders": (0, 1, 0)}.get(name, (0, 0, 0))
@@ -450,8 +436,7 @@ class VLM:
         return torch.stack(rows)                                         # (B,S)
 
     def _pad_pictures(self, name, items):
-        """Pictures of different sizes, and what describes them: zeros at their ends, joined along the first
-        axis."""
+        """Pictures of different sizes, and what describes them: zeros at their ends, then joined."""
         parts = [item[name] for item in items if name in item]
         largest = [max(n) for n in zip(*(part.shape[1:] for part in parts))]
         whole = []
@@ -467,9 +452,10 @@ class VLM:
         prefix = layered(prefix)
         inputs, places, labels = self.encode(samples, prefix.soft.shape[1], answers=True)
         A = labels.shape[1]
-        logits = self._call(self.model, prefix, places, **inputs, logits_to_keep=A + 1, use_cache=False).logits
+        out = self._call(self.model, prefix, places, **inputs, logits_to_keep=A + 1, use_cache=False)
         # The logits that foretell a token stand one place before it.
-        return language_loss(logits[:, -(A + 1):-1].float(), labels), (labels != -100).sum()   # (B,A,V) (B,A)
+        logits = out.logits[:, -(A + 1):-1].float()                      # (B,A,V)
+        return language_loss(logits, labels), (labels != -100).sum()
 
     @torch.no_grad()
     def answer(self, samples, prefix, max_new_tokens=32, **generate):
@@ -503,8 +489,7 @@ def transformers_quietly():
 
 
 def load_backbone(args, stream=None):
-    """Backbone of --backbone "mini", a Hugging Face id or a folder.  Raises InputError if one cannot be had
-    or read."""
+    """Backbone of --backbone "mini", a Hugging Face id or a folder.  InputError if not to be had."""
     tf = transformers_quietly()
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.backbone != "mini" and args.clip is None:
@@ -541,8 +526,7 @@ def load_backbone(args, stream=None):
 
 
 class Frozen(nn.Module):
-    """Zero-shot, the lower bound: the frozen model, no prefix.  The others inherit what they leave as it
-    is."""
+    """Zero-shot, the lower bound: the frozen model, no prefix.  The others inherit the rest from it."""
     needs_guidance, lr, lr_large = False, 0.0, 2e-4
 
     def __init__(self, width):
@@ -565,8 +549,7 @@ class Frozen(nn.Module):
 class LoRA(nn.Module):
     """Low-rank adapters on every linear layer of the language model, several experts of them if wanted.
 
-    W x + alpha/r sum_e g_e(x) B_e A_e x,  g = softmax(W_g x) over the experts (1 for a single one).  B starts
-    at zero.
+    W x + alpha/r sum_e g_e(x) B_e A_e x,  g = softmax(W_g x) over the experts (1 for one).  B starts at zero.
     """
 
     def __init__(self, vlm, rank=8, alpha=16, experts=1):
@@ -636,8 +619,7 @@ def vocabulary_rows(token_embeddings, shape, generator):
 
 
 class L2P(Frozen):
-    """Wang et al. 2022b: one pool for all tasks; the N prompts whose keys are nearest to the query go in
-    front.
+    """Wang et al. 2022b: one pool for all tasks; the N prompts with the nearest keys go in front.
 
     Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's
     default).
@@ -761,8 +743,7 @@ class CODAPrompt(Frozen):
 
 
 class ProgressivePrompts(Frozen):
-    """Razdaibiedina et al. 2023: the sets of all tasks, one after the other, always; only the current one
-    learns."""
+    """Razdaibiedina et al. 2023: the sets of all tasks, in a row, always; only the current one learns."""
     lr = 1e-3
 
     def __init__(self, width, length=10):
@@ -789,8 +770,7 @@ METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": FineTune, "jo
 
 
 def build_method(args, backbone, stream):
-    """The method of --method: its constructor gets what it asks for by name, from the backbone, the stream or
-    a flag."""
+    """The method of --method: its constructor gets what it asks for by name."""
     vlm, kind = backbone.vlm, METHODS[args.method]
     there = {"vlm": vlm, "width": vlm.width, "n_layers": len(vlm.layers), "guidance_width": backbone.guidance.width,
              "tasks": len(stream), **{k: getattr(args, k) for k in ("length", "top_k", "lam", "fusion", "selection",
@@ -832,15 +812,13 @@ def guide(backbone, method, samples, batch=64):
 
 
 def begin_task(args, backbone, method, t):
-    """Begins task t; what it draws depends on the seed and on t alone, so that a resumed run draws the
-    same."""
+    """Begins task t; what it draws depends on the seed and t alone, so a resumed run draws the same."""
     torch.manual_seed(args.seed * 7919 + t)
     method.begin_task(backbone.vlm.embedding.weight, torch.Generator().manual_seed(args.seed * 7919 + t))
 
 
 def learn_task(args, backbone, method, task, run):
-    """Trains method on one task: AdamW, warm-up over 3 % of the steps, then constant; the last epoch is
-    kept."""
+    """Trains method on one task: AdamW, warm-up over 3 % of the steps, then constant."""
     learning = {name: p for name, p in method.named_parameters() if p.requires_grad}
     if not learning:                                                     # zero-shot
         return
@@ -849,7 +827,8 @@ def learn_task(args, backbone, method, task, run):
     others = [p for name, p in learning.items() if not name.startswith("projector")]
     groups = [{"params": others, "rate": args.lr}]
     if projector:
-        groups.append({"params": projector, "rate": method.lr_projector if args.backbone == "mini" else method.lr_large})
+        rate = method.lr_projector if args.backbone == "mini" else method.lr_large
+        groups.append({"params": projector, "rate": rate})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     samples, vlm = task.train, backbone.vlm
     x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
@@ -893,15 +872,14 @@ def evaluate(args, backbone, method, samples):
             chosen.append(sets.cpu())
 
     def points(official):
-        scores = [metrics.score_instruction(s["kind"], y, s, official=official) for s, y in zip(samples, answers)]
-        return 100 * float(np.mean(scores))
+        score = metrics.score_instruction
+        return 100 * float(np.mean([score(s["kind"], y, s, official=official) for s, y in zip(samples, answers)]))
     return {"score": points(False), "official": points(True), "chosen": torch.cat(chosen) if chosen else None,
             "answers": answers}
 
 
 def summary(A):
-    """The paper's four averages of a matrix (T,T): Last, Avg, B, M (appendix A); only Last where it has one
-    row alone."""
+    """The paper's four averages of a matrix (T,T): Last, Avg, B, M (appendix A); of one row only Last."""
     if len(A) == 1 or np.isnan(A[0, 0]):
         return {"Last": float(A[-1].mean())}
     return {"Last": float(metrics.last(A).mean()), "Avg": float(metrics.avg(A).mean()),
@@ -951,7 +929,8 @@ def run(args, folder):
     official = np.full((T, T), np.nan)
     for row in run.kept["official"]:
         official[len(row) - 1, :len(row)] = row
-    trainable, frozen = run.kept["trainable"], sum(p.numel() for p in backbone.vlm.model.parameters())
+    trainable = run.kept["trainable"]
+    frozen = sum(p.numel() for p in backbone.vlm.model.parameters())
     more, prompts = {}, None
     if args.method == "modalprompt":
         prompts, near = method.tensors(), []
@@ -1005,8 +984,7 @@ TABLES = {
     "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "length 1", "length 2",
                      "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora", "experts 16"),
     "fig4": table_of("Figure 4: what is near to what, and what is chosen; B: lower is better", "modalprompt")}
-# Table 6 (--bench of four methods): memory in MiB, tokens per second, trainable share in percent, on an
-# A6000.
+# Table 6 (--bench of four methods): memory in MiB, tokens per second, trainable share in %, on an A6000.
 PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27),
            "progressive": ("-", "-", "-")}
 
@@ -1049,8 +1027,7 @@ def table_notes(args, table):
 
 
 def answer_one(args):
-    """--answer IMAGE "question" --prompts FILE: chooses among the saved prompts, prints the answer and the
-    sets chosen."""
+    """--answer IMAGE "question" --prompts FILE: prints the answer and the prompt sets chosen."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     image, question = args.answer
@@ -1085,8 +1062,7 @@ def answer_one(args):
 
 
 def bench(args):
-    """Parameters, memory, step time and tokens per second of one method; how an answer's time grows with the
-    tasks."""
+    """Parameters, memory, step time and tokens per second of one method; how time grows with the tasks."""
     meta = args.backbone == "7b" and args.device == "cpu"              # shapes only: nothing is stored or run
     if args.backbone == "7b":
         with torch.device("meta" if meta else args.device):
@@ -1197,27 +1173,27 @@ def parse_args(argv=None):
                              "mini, a Hugging Face image-text-to-text id or a folder; --bench: 7b, LLaVA-1.5-7B's shapes",
                              epochs=5, batch=16, eval_batch=100)
     g = p.add_argument_group("ModalPrompt")
-    g.add_argument("--length", type=metrics.positive, default=10, help="tokens of a prompt set (M in the paper)")
-    g.add_argument("--top-k", type=metrics.positive, default=3, help="prompt sets in the prefix (k)")
+    g.add_argument("--length", type=positive, default=10, help="tokens of a prompt set (M in the paper)")
+    g.add_argument("--top-k", type=positive, default=3, help="prompt sets in the prefix (k)")
     g.add_argument("--lam", type=metrics.share, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text")
-    g.add_argument("--fusion", default=True, action=metrics.YES_NO, help="Eq. 4: earlier sets in front while training")
-    g.add_argument("--selection", default=True, action=metrics.YES_NO, help="Eq. 8: top-k at test; without it all sets")
+    g.add_argument("--fusion", default=True, action=YES_NO, help="Eq. 4: earlier sets in front while training")
+    g.add_argument("--selection", default=True, action=YES_NO, help="Eq. 8: top-k at test; without it all sets")
     g.add_argument("--own-weight", type=metrics.finite, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' "
                    "own losses (pull of the keys, orthogonality), as a multiple of their default")
-    g.add_argument("--rank", type=metrics.positive, default=16, help="rank of LoRA; MoELoRA divides it among its experts")
-    g.add_argument("--experts", type=metrics.positive, default=8, help="experts of MoELoRA")
+    g.add_argument("--rank", type=positive, default=16, help="rank of LoRA; MoELoRA divides it among its experts")
+    g.add_argument("--experts", type=positive, default=8, help="experts of MoELoRA")
     g = p.add_argument_group("its data and backbone")
-    g.add_argument("--limit", type=metrics.positive, help="keep this many samples of each CoIN file, seeded")
-    g.add_argument("--sizes", type=metrics.positive, nargs=3, default=(240, 60, 100),
+    g.add_argument("--limit", type=positive, help="keep this many samples of each CoIN file, seeded")
+    g.add_argument("--sizes", type=positive, nargs=3, default=(240, 60, 100),
                    help="mini-CoIN: samples a task, train val test")
     g.add_argument("--see", default="both", choices=["both", "picture", "question"], help="hide the other modality, in "
                    "training too: how much of a task one modality solves")
     g.add_argument("--clip", help="CLIP of the guidance: id or folder (mini brings its own)")
     g.add_argument("--template", default="chat", choices=["chat", "vicuna", "plain"], help="how a question is written; "
                    "vicuna is LLaVA-1.5's training string")
-    g.add_argument("--max-new-tokens", type=metrics.positive, help="longest answer; default 12 on mini, 128 elsewhere")
-    g.add_argument("--accum", type=metrics.positive, default=1, help="parts a batch is computed in, the gradient stays")
-    g.add_argument("--checkpointing", default=False, action=metrics.YES_NO, help="less memory, slower steps")
+    g.add_argument("--max-new-tokens", type=positive, help="longest answer; default 12 on mini, 128 elsewhere")
+    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, the gradient stays")
+    g.add_argument("--checkpointing", default=False, action=YES_NO, help="less memory, slower steps")
     g = p.add_argument_group("one answer")
     g.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")
     g.add_argument("--prompts", help="prompts.safetensors of a finished run, for --answer")
@@ -1272,8 +1248,7 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
                 vocabulary=0):
     """An untrained LLaVA and CLIP, small by default, with a word-level tokenizer over `words`.
 
-    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers as wide as what
-    they feed.
+    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers.
     Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained, Auto
     classes work.
     """
@@ -1329,8 +1304,7 @@ def small_models(seed):
 
 
 def pretrain(args):
-    """Makes the small backbone of --backbone-seed anew, measures the bounds on it, and keeps both in one
-    file."""
+    """Makes the small backbone of --backbone-seed anew, measures the bounds on it, keeps both."""
     seed, start = args.backbone_seed or 0, time.time()
     config = small_config(seed)
     model, clip = pretrained(config, args.quiet)
@@ -1352,8 +1326,7 @@ def pretrained(config, quiet=False):
     """(LLaVA, CLIP), pre-trained in four steps, each easy once the one before is done.
 
     The vision tower alone names what stands where in a picture, and is frozen; the projector learns to send a
-    patch near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP is
-    aligned.
+    patch near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP.
     Upstream: a terse skill word, before the picture or in the user's turn among filler words; sentences for
     answers unless it says "short".
     """
@@ -1378,16 +1351,14 @@ def pretrained(config, quiet=False):
         return pixels[rows] / 127.5 - 1
 
     def fit(what, steps, module, loss_of, choose):
-        # The schedule multiplies the optimiser's rate, so that is 1: warm-up, then a cosine down to a
-        # hundredth.
+        # The schedule multiplies the optimiser's rate, so that is 1: warm-up, then a cosine to 1 %.
         def rate(step):
             decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
             return config["lr"] * min(1, (step + 1) / 100) * decay
         learning = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, 1.0, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        # Clipped over the whole module: the last gradient of the tower, frozen since, counts in LLaVA's first
-        # norms.
+        # Clipped over the whole module: the frozen tower's last gradient counts in LLaVA's first norms.
         def clip_all(*_):
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.register_step_pre_hook(clip_all)
