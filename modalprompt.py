@@ -1229,7 +1229,9 @@ def main(argv=None):
         metrics.keep_means(args.out, results)
     if args.data == "mini" and not args.smoke:
         labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
-        print(metrics.worth("modalprompt", world(args), labels, "Last") or "no bounds on file for this world")
+        comparison = metrics.worth("modalprompt", world(args), labels, "Last")
+        if comparison:
+            print(comparison)
     print(metrics.last_line(name, results, COLUMNS))
 
 
