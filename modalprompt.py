@@ -1,27 +1,42 @@
 """ModalPrompt: continual instruction tuning of a large multimodal model with dual-modality guided prompts.
 
-Paper     "ModalPrompt: Towards Efficient Multimodal Continual Instruction Tuning with Dual-Modality Guided Prompt",
-          EMNLP 2025, arXiv 2410.05849v2.  Official code: github.com/AuroraZengfh/ModalPrompt at c7bee7c.
-          Written from the paper; where paper and official code differ, README lists both and what is done here.
-Run       python modalprompt.py                      mini-CoIN, eight tasks, one seed: minutes on a laptop, no downloads
+Paper     "ModalPrompt: Towards Efficient Multimodal Continual Instruction Tuning with Dual-Modality
+          Guided Prompt", EMNLP 2025, arXiv 2410.05849v2.
+          Official code: github.com/AuroraZengfh/ModalPrompt at c7bee7c.  Written from the paper; where paper
+          and official code differ, the docs list both and what is done here.
+Run       python modalprompt.py                  mini-CoIN, eight tasks, one seed: a minute, no downloads
           python modalprompt.py --data coin --root DIR --backbone llava-hf/llava-1.5-7b-hf \\
                  --clip openai/clip-vit-large-patch14-336 --template vicuna --dtype bf16        one GPU
-Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k prompt sets kept, D width of the
-          language model, G width of the guidance, S tokens of a sequence, P = k'L tokens of the prefix.   (B,G) is a shape.
+Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k prompt sets kept, D width of
+          the language model, G width of the guidance, S tokens of a sequence, P = k'L tokens of the prefix,
+          V words, A answer tokens.   (B,G) is a shape.
+Call path main -> run                   the continual protocol: eight tasks, one after the other
+            -> learn_task               the steps on one task
+              -> guide -> Guidance      what CLIP sees and reads: x_v, x_t                          Eq. 1
+              -> ModalPrompt.forward    the prompt sets nearest to both: X~_p, and L_Proto          Eq. 2-4, 6
+              -> VLM.loss               makes places before the question, runs the frozen model
+                -> VLM._call            arms the hook on the embedding layer
+                  -> VLM._write_prefix -> join        here the prompts enter the backbone
+                -> language_loss        L_LMM                                                       Eq. 5
+              -> total_loss             both losses together                                        Eq. 7
+            -> evaluate -> ModalPrompt.select           every set competes                          Eq. 8
+                        -> VLM.answer -> VLM._call      as above, then the answer                   Eq. 9
 
-One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction; the sets
-whose prototypes are nearest to both are put in front of the input.  Only the set of the current task learns.
+One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction;
+the sets with the nearest prototypes are put in front of the input.  Only the current task's set learns.
 """
 import argparse
+import inspect
 import json
 import math
-import os
 import random
 import re
-import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,42 +44,53 @@ from torch import nn
 from torch.nn import functional as F
 
 import metrics
-from data import (MINI_COIN, MINI_WORD, InputError, cache_folder, instruction_stream, mini_coin_upstream, mini_coin_words,
+from data import (MINI_COIN, MINI_WORD, InputError, instruction_stream, mini_coin_upstream, mini_coin_words,
                   picture_problem, sample_picture)
-from metrics import Run, atomic, run_cli, score_instruction
+from metrics import YES_NO, positive
 
-# --------------------------------- the paper: Eq. 1 to 4, 6, 8  (Eq. 5, 9: class VLM below; Eq. 7: learn_task)
+# ================================================================================================== the paper
+# Eq. 1 to 9 in their order of use.  A frozen CLIP guides (Eq. 1), each task has a prototype (Eq. 2), cosines
+# with picture and text choose the prompt sets (Eq. 3, 4, 8), and two losses teach (Eq. 5 to 7).  This section
+# needs torch alone.
 
 
 class Guidance(nn.Module):
-    """Eq. 1: what a frozen CLIP sees in the picture and reads in the instruction.
+    """What a frozen CLIP sees in the picture and reads in the instruction (Eq. 1).
 
-    clip: a transformers CLIPModel; processor: its processor.  text_feature "pooled" (official code: the end-of-text
-    state before CLIP's text projection) or "projected" (after it, in the space of the picture).  Pooled needs a text width
-    equal to the projection width, as in CLIP-L; else the projected feature is used.
+    clip: a transformers CLIPModel; processor: its processor.  text_feature "pooled" (official code: the
+    end-of-text state before CLIP's text projection) or "projected" (after it, in the space of the picture).
+    Pooled needs a text width equal to the projection width, as in CLIP-L; else the projected one is used.
     """
 
     def __init__(self, clip, processor, text_feature="pooled"):
         super().__init__()
+        # The guide never learns: what it sees of a sample is the same in every epoch and task.
         self.clip, self.processor = clip.requires_grad_(False).eval(), processor
-        self.width = clip.config.projection_dim
-        self.text_feature = text_feature if clip.config.text_config.hidden_size == self.width else "projected"
+        self.width = clip.config.projection_dim                          # G
+        # Both features must have G numbers, or no prototype could be compared with both.
+        same_width = clip.config.text_config.hidden_size == self.width
+        self.text_feature = text_feature if same_width else "projected"
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """images: list of B PIL pictures or None; texts: list of B instructions -> x_v (B,G), x_t (B,G), float32.
+        """images: list of B PIL pictures or None; texts: B instructions -> x_v (B,G), x_t (B,G), float32.
 
-        A sample without a picture has a row of zeros in x_v, which every formula below reads as "no picture"."""
+        A sample without a picture has a row of zeros in x_v, which every formula below reads as "no picture".
+        """
         device = self.clip.device
-        x_v = torch.zeros(len(texts), self.width, device=device)
+        x_v = torch.zeros(len(texts), self.width, device=device)         # (B,G)
         seen = [b for b, image in enumerate(images) if image is not None]
         if seen:
-            pixels = self.processor(images=[images[b] for b in seen], return_tensors="pt")["pixel_values"].to(device)
-            # x_v = Proj_v(E_I(X_v)): class token after the last norm, then CLIP's own projection           Eq. 1
-            x_v[seen] = self.clip.visual_projection(
-                self.clip.vision_model(pixel_values=pixels.to(self.clip.dtype)).pooler_output).float()
-        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=77)
-        # x_t = E_T(X_instruct): end-of-text token                                                           Eq. 1
+            pictures = self.processor(images=[images[b] for b in seen], return_tensors="pt")
+            pixels = pictures["pixel_values"].to(device, self.clip.dtype)
+            # What stands in the picture: the class token after the last norm, then CLIP's own projection.
+            # x_v = Proj_v(E_I(X_v))                                                                     Eq. 1
+            state = self.clip.vision_model(pixel_values=pixels).pooler_output
+            x_v[seen] = self.clip.visual_projection(state).float()
+        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True,
+                                max_length=77)
+        # What the instruction asks: the state of its end-of-text token.
+        # x_t = E_T(X_instruct)                                                                          Eq. 1
         x_t = self.clip.text_model(input_ids=tokens["input_ids"].to(device),
                                    attention_mask=tokens["attention_mask"].to(device)).pooler_output
         if self.text_feature == "projected":
@@ -75,30 +101,39 @@ class Guidance(nn.Module):
 class ModalPrompt(nn.Module):
     """The prompts X_p^t, their prototypes, and the choice between them.
 
-    width D, guidance_width G, length L (M in the paper, 10), top_k k (3), lam: weight of the picture in the guidance,
-    so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
-    fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first (Table 5).
-    Earlier sets are frozen and never written again; a task keeps its set and its prototype, its projector is dropped.
+    width D, guidance_width G, length L (M in the paper, 10), top_k k (3), lam: weight of the picture in the
+    guidance, so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
+    fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
+    (Table 5).  Earlier sets are frozen and never written again; a task keeps its set and its prototype, its
+    projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad setting.
     """
 
-    needs_guidance, deep = True, {}
+    needs_guidance = True
+    # Rates of the prompts and of Proj_p on mini-CoIN, each the best of a grid; the paper's 2e-4 elsewhere.
+    lr, lr_projector, lr_large = 5e-3, 2e-3, 2e-4
 
     def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True):
         super().__init__()
         if top_k < 1 or length < 1 or not 0 <= lam <= 1:
-            raise ValueError(f"top_k and length are at least 1 and lam lies in 0..1, not {top_k}, {length}, {lam}")
-        self.width, self.guidance_width, self.length, self.top_k, self.lam = width, guidance_width, length, top_k, lam
-        self.fusion, self.selection = fusion, selection
+            raise ValueError(f"top_k and length from 1 on, lam in 0..1, not {top_k}, {length}, {lam}")
+        self.width, self.guidance_width, self.length = width, guidance_width, length
+        self.top_k, self.lam, self.fusion, self.selection = top_k, lam, fusion, selection
         self.prompts = nn.ParameterList()                                # t sets X_p^i, each (L,D)
         self.projector = None                                            # Proj_p^t of the current task only
-        self.register_buffer("kept", torch.zeros(0, guidance_width))     # prototypes of finished tasks (t or t-1,G)
+        # A buffer and no parameter: prototypes of finished tasks are constants, but saved with the rest.
+        self.register_buffer("kept", torch.zeros(0, guidance_width))     # (t or t-1,G)
 
     def begin_task(self, token_embeddings, generator=None):
-        """Adds X_p^t, copies of random rows of token_embeddings (V,D), and Proj_p^t; freezes all earlier sets."""
+        """Adds X_p^t and Proj_p^t, and freezes all earlier sets.
+
+        token_embeddings (V,D): the vocabulary of the language model.  generator: of the random rows.
+        """
         self.end_task()
         device = token_embeddings.device
+        # A prompt starts as copies of random words, which the language model can already read.
         rows = torch.randint(len(token_embeddings), (self.length,), generator=generator).to(device)
         self.prompts.append(nn.Parameter(token_embeddings.detach()[rows].float().clone()))       # (L,D)
+        # Proj_p^t leads from the width of the language model to that of the guidance: a small MLP.
         self.projector = nn.Sequential(nn.Linear(self.width, self.width), nn.SiLU(),
                                        nn.Linear(self.width, self.guidance_width)).to(device)
         self.kept = self.kept.to(device)
@@ -107,53 +142,70 @@ class ModalPrompt(nn.Module):
     def end_task(self):
         """Freezes X_p^t and keeps c_t as a constant.  Does nothing when no task is open."""
         if self.projector is not None:
-            self.kept = torch.cat([self.kept, self._current_prototype()[None]])
+            self.kept = torch.cat([self.kept, self._current_prototype()[None]])                  # (t,G)
             self.projector = None
+        # Frozen means frozen: what is finished gets no gradient from any later task.
         for prompt in self.prompts:
             prompt.requires_grad_(False)
 
     def _current_prototype(self):
-        # c_t = Proj_p(X_p^t): the MLP on each of the L tokens, then their mean                              Eq. 2
+        # What a task is about, where the guidance lives: the MLP on each of its L tokens, then their mean.
+        # c_t = Proj_p(X_p^t)                                                                            Eq. 2
         return self.projector(self.prompts[-1]).mean(0)                  # (L,D) -> (L,G) -> (G,)
 
     @property
     def prototypes(self):
         """(t,G): one row per learned task; the row of the current task carries gradient."""
-        return self.kept if self.projector is None else torch.cat([self.kept, self._current_prototype()[None]])
+        if self.projector is None:
+            return self.kept
+        return torch.cat([self.kept, self._current_prototype()[None]])
 
     def similarities(self, x_v, x_t, prototypes=None):
-        """alpha (B,t) and beta (B,t), cosines of every prototype with picture and instruction.  Eq. 3.
-        A row of zeros in x_v (no picture) has alpha = 0 and sends no gradient."""
-        c = F.normalize(self.prototypes if prototypes is None else prototypes, dim=-1)     # (t,G)
-        # alpha_i = cos(c_i, x_v),  beta_i = cos(c_i, x_t)                                                   Eq. 3
-        return F.normalize(x_v, dim=-1) @ c.T, F.normalize(x_t, dim=-1) @ c.T              # (B,G) @ (G,t) -> (B,t)
+        """alpha (B,t) and beta (B,t): cosines of every prototype with the picture and with the instruction.
+
+        A row of zeros in x_v (no picture) has alpha = 0 and sends no gradient.
+        """
+        c = F.normalize(self.prototypes if prototypes is None else prototypes, dim=-1)           # (t,G)
+        # How near each task is to what is seen.
+        # alpha_i = cos(c_i, x_v)                                                                        Eq. 3
+        alpha = F.normalize(x_v, dim=-1) @ c.T                           # (B,G) @ (G,t) -> (B,t)
+        # How near each task is to what is asked.
+        # beta_i = cos(c_i, x_t)                                                                         Eq. 3
+        beta = F.normalize(x_t, dim=-1) @ c.T                            # (B,G) @ (G,t) -> (B,t)
+        return alpha, beta
 
     def scores(self, x_v, x_t, prototypes=None):
-        """lam alpha + (1 - lam) beta, (B,t); without a picture beta alone."""
+        """lam alpha + (1 - lam) beta, (B,t): what Eq. 4 and Eq. 8 rank by; without a picture beta alone."""
         alpha, beta = self.similarities(x_v, x_t, prototypes)
-        lam = self.lam * (x_v != 0).any(-1, keepdim=True)                # (B,1)  0 where there is no picture
-        return lam * alpha + (1 - lam) * beta
+        # Both modalities guide; where there is no picture, its weight is 0.
+        lam = self.lam * (x_v != 0).any(-1, keepdim=True)                # (B,1)
+        return lam * alpha + (1 - lam) * beta                            # (B,t)
 
     def gather(self, chosen):
-        """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D).  All L tokens of a task come together."""
+        """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D), a task's L tokens together."""
         return torch.stack(list(self.prompts))[chosen].flatten(1, 2)     # (t,L,D)[(B,k')] -> (B,k',L,D) -> (B,k'L,D)
 
     def forward(self, x_v, x_t):
         """Training on task t: x_v (B,G), x_t (B,G) -> prefix (B,k'L,D), {"proto": ()}.  k' = min(k,t).
 
-        The k-1 nearest of the earlier sets in ascending order, then the current set: it is always in."""
+        The k-1 nearest of the earlier sets in ascending order, then the current set: it is always in.
+        """
         if self.projector is None:
             raise RuntimeError("no task is open: call begin_task first, or select to answer")
         t = len(self.prompts)
         earlier = min(self.top_k - 1, t - 1) if self.fusion else 0
+        # A choice has no gradient: prototypes learn by Eq. 6, prompts by Eq. 5.
         with torch.no_grad():
-            # X~_p^t = X_p^{<=t} o I_k{alpha^{<=t} + beta^{<=t}},  t in I_k                                  Eq. 4
-            # flip: topk is descending, the most similar set belongs next to the input
-            chosen = self.scores(x_v, x_t, self.kept).topk(earlier, -1).indices.flip(-1)   # (B,k'-1)
-            chosen = torch.cat([chosen, chosen.new_full((len(x_v), 1), t - 1)], -1)        # (B,k')
-        # L_Proto = [1 - cos(c_t, x_v)] + [1 - cos(c_t, x_t)], each a mean over the batch                    Eq. 6
-        alpha, beta = self.similarities(x_v, x_t)
-        return self.gather(chosen), {"proto": ((1 - alpha[:, -1]) + (1 - beta[:, -1])).mean()}
+            # What earlier tasks know helps the current one: the sets nearest to this sample, and its own.
+            # topk is descending; flipped, the most similar set lies next to the input.
+            # X~_p^t = X_p^{<=t} o I_k{alpha^{<=t} + beta^{<=t}},  t in I_k                              Eq. 4
+            chosen = self.scores(x_v, x_t, self.kept).topk(earlier, -1).indices.flip(-1)         # (B,k'-1)
+            chosen = torch.cat([chosen, chosen.new_full((len(x_v), 1), t - 1)], -1)              # (B,k')
+        alpha, beta = self.similarities(x_v, x_t)                        # (B,t) (B,t)
+        # The prototype of the task moves to what its samples look like and ask, on average over the batch.
+        # L_Proto = [1 - cos(c_t, x_v)] + [1 - cos(c_t, x_t)]                                            Eq. 6
+        proto = ((1 - alpha[:, -1]) + (1 - beta[:, -1])).mean()          # ()
+        return self.gather(chosen), {"proto": proto}
 
     @torch.no_grad()
     def select(self, x_v, x_t):
@@ -164,22 +216,23 @@ class ModalPrompt(nn.Module):
         if not self.selection:
             chosen = torch.arange(t, device=x_v.device).expand(len(x_v), t)
         else:
-            # X~_p^eval = X_p^{<=T} o I_k{alpha^{<=T} + beta^{<=T}}, per sample                              Eq. 8
-            chosen = self.scores(x_v, x_t).topk(min(self.top_k, t), -1).indices.flip(-1)   # (B,k') nearest last
+            # As in Eq. 4, but every task learned so far competes, for each sample by itself; nearest last.
+            # X~_p^eval = X_p^{<=T} o I_k{alpha^{<=T} + beta^{<=T}}                                      Eq. 8
+            chosen = self.scores(x_v, x_t).topk(min(self.top_k, t), -1).indices.flip(-1)         # (B,k')
         return self.gather(chosen), chosen
 
     def tensors(self):
-        """What is needed to answer: a flat dict of tensors for safetensors.  About 0.17 MB a task at D = 4096."""
+        """What is needed to answer: a flat dict of tensors for safetensors; 0.17 MB a task at D = 4096."""
         return {"prompts": torch.stack(list(self.prompts)).detach(), "prototypes": self.prototypes.detach(),
                 "top_k": torch.tensor(self.top_k), "lam": torch.tensor(self.lam),
                 "selection": torch.tensor(int(self.selection))}
 
     @classmethod
     def from_tensors(cls, saved):
-        """A ModalPrompt that can select, from `tensors()`.  Raises InputError if a tensor is missing or misshapen."""
+        """A ModalPrompt that can select, from `tensors()`.  Raises ValueError for bad ones."""
         wrong = {"prompts", "prototypes", "top_k", "lam"} - set(saved)
         if wrong or saved["prompts"].ndim != 3 or saved["prototypes"].shape[:1] != saved["prompts"].shape[:1]:
-            raise InputError(f"these prompts are not ModalPrompt's: {', '.join(sorted(wrong)) or 'shapes do not fit'}; "
+            raise ValueError(f"these prompts are not ModalPrompt's: {', '.join(sorted(wrong)) or 'shapes do not fit'}; "
                              "use the prompts.safetensors of a run with --method modalprompt")
         T, L, D = saved["prompts"].shape
         method = cls(D, saved["prototypes"].shape[1], L, int(saved["top_k"]), float(saved["lam"]),
@@ -189,20 +242,59 @@ class ModalPrompt(nn.Module):
         return method
 
 
-# --------------------------------------------------- the backbone: any image-text-to-text model, frozen (Eq. 5, Eq. 9)
+def join(prefix, h, places):
+    """[X~_p; X_v; X_instruct], the bracket of Eq. 5 and 9: prefix (B,P,D) into h (B,S,D) at places (B,S).
+
+    The sequence was made with P free places after its first token, so that positions and masks fit already.
+    """
+    # The frozen model reads prompts, picture and instruction as one sequence.
+    # [X~_p; X_v; X_instruct]                                                                         Eq. 5, 9
+    return h.masked_scatter(places[..., None], prefix.to(h.dtype))       # (B,S,D)
+
+
+def language_loss(logits, labels):
+    """L_LMM, summed over the batch's answer tokens.  logits (B,A,V), labels (B,A), -100 for no token."""
+    # Prompts are good when the frozen model, having read them, gives each next token of the answer.
+    # L_LMM = -sum_l log p(y_l | [X~_p; X_v; X_instruct; y_<l]; theta)                                   Eq. 5
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")   # ()
+
+
+def total_loss(language, losses, weight=1.0):
+    """What a step minimises, ().  language (): L_LMM; losses: of `forward`, for ModalPrompt {"proto": ()}."""
+    # The prompts learn to answer, and their prototype learns to be found: together, with equal weight.
+    # L_Total = L_Proto + L_LMM                                                                          Eq. 7
+    return language + weight * sum(losses.values())                      # ()
+
+
+# =============================================================================================== the backbone
+# Any image-text-to-text model of transformers, frozen.  The prompts enter at one place: a hook on the
+# embedding layer writes them over placeholder tokens (VLM._write_prefix).  Baselines that prompt deeper
+# layers use one more hook a layer (VLM._deep_hook).
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions. USER: {image}{text} ASSISTANT:")
 PLAIN = "USER: {image}{text} ASSISTANT:"
 
 
+class LayeredPrefix(NamedTuple):
+    """A prefix for the input, and others that replace it in deeper layers.  Most methods need no others."""
+    soft: torch.Tensor                                                   # (B,P,D)  in front of the input
+    deep: dict                                                  # {layer: (B,n,D)}  the last n of the P places
+
+
+def layered(prefix):
+    """A tensor (B,P,D) as a LayeredPrefix without deep layers; a LayeredPrefix as it is."""
+    return prefix if isinstance(prefix, LayeredPrefix) else LayeredPrefix(prefix, {})
+
+
 class VLM:
     """A frozen Hugging Face image-text-to-text model that reads a prefix of soft tokens.
 
-    The prefix takes the places of P placeholder tokens (an ordinary id, masked by position) after BOS: a hook on the
-    embedding layer writes it there.  Every tensor of token shape grows with them, so that models which compute
-    positions from ids (the Qwen family) stay right, which `inputs_embeds` would silently break.  The hook counts its firings.
-    template: "chat" the processor's own chat template, "vicuna" LLaVA-1.5's training string, "plain" the same without
-    its first sentence.
+    The prefix takes the places of P placeholder tokens (an ordinary id, masked by position) after BOS: a hook
+    on the embedding layer writes it there.  Every tensor of token shape grows with them, so that models which
+    compute positions from ids (the Qwen family) stay right, which `inputs_embeds` would silently break.  The
+    hook counts its firings.  A prefix is (B,P,D), or a LayeredPrefix.
+    template: "chat" the processor's own chat template, "vicuna" LLaVA-1.5's training string, "plain" the same
+    without its first sentence.
     """
 
     def __init__(self, model, processor, template="chat"):
@@ -210,56 +302,68 @@ class VLM:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.embedding = model.get_input_embeddings()
         self.width, self.device = self.embedding.weight.shape[1], self.embedding.weight.device
-        self.template = template if template != "chat" or getattr(processor, "chat_template", None) else "plain"
-        eos = self.tokenizer.eos_token_id
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
-        self.eos, self._items, self._prefix, self.fired, self.deep = eos, {}, None, 0, {}
+        speaks = template != "chat" or getattr(processor, "chat_template", None)
+        self.template = template if speaks else "plain"
+        self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        if self.pad is None:
+            self.pad = self.eos
+        # The prefix and its places while the model runs, and None otherwise.
+        self._items, self._prefix, self._places, self.fired = {}, None, None, 0
         self.embedding.register_forward_hook(self._write_prefix)
-        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
-        causal = lambda m: getattr(m[0].self_attn, "is_causal", False)   # the decoder, not the vision tower
-        self.layers = max(stacks, key=lambda m: (causal(m), len(m)), default=[])
+        self.layers = self._decoder_layers()
         for i, layer in enumerate(self.layers):
-            hook = lambda m, args, kwargs, i=i: self._write_deep(i, args, kwargs)
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
+            layer.register_forward_pre_hook(self._deep_hook(i), with_kwargs=True)
 
-    # ---- the hook
-    def _places(self, B, S):
-        """The placeholder mask (B,S) for this call, or None for calls that carry no placeholders (cached decoding)."""
-        if self._prefix is None or S != self._mask.shape[1]:
+    def _decoder_layers(self):
+        """The layers of the language model: of all stacks with self-attention the longest causal one."""
+        def rank(stack):
+            return getattr(stack[0].self_attn, "is_causal", False), len(stack)
+        stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        return max((m for m in stacks if len(m) and hasattr(m[0], "self_attn")), key=rank, default=[])
+
+    # ---- where the prompts enter
+    def _places_of(self, B, S):
+        """The placeholder mask (B,S) for this call; None where there are none (cached decoding)."""
+        if self._prefix is None or S != self._places.shape[1]:
             return None
-        if B % len(self._mask):
-            raise RuntimeError(f"the model runs a batch of {B} for a prefix of {len(self._mask)}")
-        return self._mask.repeat_interleave(B // len(self._mask), 0)     # beams: every row several times
+        if B % len(self._places):
+            raise RuntimeError(f"the model runs a batch of {B} for a prefix of {len(self._places)}")
+        return self._places.repeat_interleave(B // len(self._places), 0)      # beams: every row several times
 
-    def _write_prefix(self, module, args, out):
-        ids = args[0]
-        mask = self._places(*ids.shape) if ids.ndim == 2 else None
-        if mask is None:
+    def _write_prefix(self, module, inputs, out):
+        """The hook on the embedding layer: ids (B,S) became out (B,S,D); here the prefix is written."""
+        ids = inputs[0]
+        places = self._places_of(*ids.shape) if ids.ndim == 2 else None
+        if places is None:
             return None
         self.fired += 1
-        prefix = self._prefix.repeat_interleave(len(ids) // len(self._prefix), 0).to(out.dtype)
-        return out.masked_scatter(mask[..., None], prefix)
+        soft = self._prefix.soft
+        return join(soft.repeat_interleave(len(ids) // len(soft), 0), out, places)    # here the prompts enter
 
-    def _write_deep(self, i, args, kwargs):
-        h = args[0] if args else kwargs["hidden_states"]
-        mask = self._places(*h.shape[:2]) if i in self.deep else None
-        if mask is None:
-            return None
-        new = self.deep[i].repeat_interleave(len(h) // len(self.deep[i]), 0).to(h.dtype)
-        # deep[i] (B,n,D) takes the last n of the P places
-        where = mask & (mask.flip(-1).cumsum(-1).flip(-1) <= new.shape[1])
-        h = h.masked_scatter(where[..., None], new)
-        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+    def _deep_hook(self, i):
+        """The hook before layer i: what the prefix has for this layer replaces what stands there."""
+        def hook(module, inputs, kwargs):
+            deep = self._prefix.deep.get(i) if self._prefix is not None else None
+            h = inputs[0] if inputs else kwargs["hidden_states"]
+            places = self._places_of(*h.shape[:2]) if deep is not None else None
+            if places is None:
+                return None
+            # deep (B,n,D) takes the last n of the P places: count them from the right.
+            last = places & (places.flip(-1).cumsum(-1).flip(-1) <= deep.shape[1])
+            h = join(deep.repeat_interleave(len(h) // len(deep), 0), h, last)
+            return ((h, *inputs[1:]), kwargs) if inputs else (inputs, {**kwargs, "hidden_states": h})
+        return hook
 
-    def _call(self, function, prefix, mask, deep, **kwargs):
-        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired exactly once."""
-        if prefix is None or prefix.shape[1] == 0:
+    def _call(self, function, prefix, places, **kwargs):
+        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired once."""
+        prefix = layered(prefix)
+        if prefix.soft.shape[1] == 0:
             return function(**kwargs)
-        self._prefix, self._mask, self.fired, self.deep = prefix, mask, 0, deep or {}
+        self._prefix, self._places, self.fired = prefix, places, 0
         try:
             out = function(**kwargs)
         finally:
-            self._prefix, self.deep = None, {}
+            self._prefix = None
         if self.fired != 1:
             raise RuntimeError(f"the prompts went in {self.fired} times instead of once: this model does not embed its "
                                "input ids through get_input_embeddings(), it cannot be used")
@@ -267,23 +371,23 @@ class VLM:
 
     # ---- samples to tensors
     def _item(self, sample):
-        """One sample through the processor: a dict of tensors, (1,S) for tokens.  Kept where the sample has a `key`."""
+        """One sample through the processor: a dict of tensors, (1,S) for tokens.  Kept by its `key`."""
         key = sample.get("key")
         if key in self._items:
             return self._items[key]
         image = sample_picture(sample)
-        mark = "" if image is None else getattr(self.processor, "image_token", "<image>") + "\n"
         if self.template == "chat":
             content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": sample["text"]}]
             text = self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                       add_generation_prompt=True)
         else:
+            mark = "" if image is None else getattr(self.processor, "image_token", "<image>") + "\n"
             text = (VICUNA if self.template == "vicuna" else PLAIN).format(image=mark, text=sample["text"])
         bos = self.tokenizer.bos_token
-        kwargs = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        more = {"add_special_tokens": False} if bos and text.startswith(bos) else {}     # never a second BOS
         if image is not None:
-            kwargs["images"] = [image]
-        item = dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+            more["images"] = [image]
+        item = dict(self.processor(text=[text], return_tensors="pt", **more))
         if key is not None:
             self._items[key] = item
         return item
@@ -293,283 +397,137 @@ class VLM:
         return self.tokenizer(sample["answer"], add_special_tokens=False)["input_ids"] + [self.eos]
 
     def encode(self, samples, P, answers=False):
-        """samples -> (inputs, mask (B,S) of the P placeholders, labels (B,A) or None).
+        """samples -> (inputs, places (B,S) of the P placeholders, labels (B,A) or None).
 
-        Rows are padded on the left up to the answer; answers on the right, so that they fill the last A columns and
-        only A + 1 columns need logits.  labels: answer tokens and end of sequence, -100 elsewhere (never the prompts).
+        A row is   padding | BOS | P placeholders | picture and question | answer | padding   so that
+        questions end in the same column, the answers fill the last A columns, so A + 1 columns need logits.
+        labels: answer tokens and end of sequence, -100 elsewhere (never the prompts).
         """
         items = [self._item(s) for s in samples]
-        shape = [item["input_ids"].shape for item in items]
-        tails = [[] for _ in samples]
-        if answers:
-            tails = [self.answer_ids(s) for s in samples]
-        left, A = max(n for _, n in shape), max(map(len, tails))
-        S, bos = left + P + A, self.tokenizer.bos_token_id
-        inputs, mask = {}, torch.zeros(len(samples), S, dtype=torch.bool)
-        names = {k for item in items for k in item}
-        for name in names:
-            parts = [item.get(name) for item in items]
-            if any(p is not None and p.shape == s for p, s in zip(parts, shape)):                # token-shaped: (1,S_b)
-                out = torch.full((len(samples), S), self.pad if name == "input_ids" else 0, dtype=torch.long)
-                for b, (part, tail) in enumerate(zip(parts, tails)):
-                    n = shape[b][1]
-                    row = torch.zeros(n, dtype=torch.long) if part is None else part[0]
-                    start = left - n
-                    head = int(bos is not None and items[b]["input_ids"][0, 0] == bos)   # after BOS, if there is one
-                    fill = {"input_ids": self.eos, "attention_mask": 1}.get(name, 0)
-                    out[b, start:start + head] = row[:head]
-                    out[b, start + head:start + head + P] = fill
-                    out[b, start + head + P:start + n + P] = row[head:]
-                    if tail:
-                        out[b, left + P:left + P + len(tail)] = (torch.tensor(tail) if name == "input_ids" else
-                                                                 int(name == "attention_mask"))
-                    mask[b, start + head:start + head + P] = True
-                inputs[name] = out
-            else:                                                        # pictures and their sizes: joined along axis 0
-                parts = [p for p in parts if p is not None]
-                big = [max(n) for n in zip(*(p.shape[1:] for p in parts))]
-                parts = [F.pad(p, [x for n, m in zip(p.shape[:0:-1], big[::-1]) for x in (0, m - n)]) for p in parts]
-                out = torch.cat(parts)
-                inputs[name] = out.to(self.model.dtype) if out.is_floating_point() else out
+        tails = [self.answer_ids(s) if answers else [] for s in samples]
+        inputs = {}
+        for name in {k for item in items for k in item}:
+            # A tensor of token shape grows with the placeholders; all others are pictures and their sizes.
+            of_tokens = any(name in item and item[name].shape == item["input_ids"].shape for item in items)
+            inputs[name] = self._pad_tokens(name, items, tails, P) if of_tokens else self._pad_pictures(name, items)
+        places = self._pad_tokens("placeholders", items, tails, P).bool().to(self.device)
         labels = None
         if answers:
-            labels = torch.full((len(samples), A), -100)
-            for b, tail in enumerate(tails):
-                labels[b, :len(tail)] = torch.tensor(tail)
-            labels = labels.to(self.device)
-        return {k: v.to(self.device) for k, v in inputs.items()}, mask.to(self.device), labels
+            tails = [torch.tensor(tail) for tail in tails]
+            labels = nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=-100).to(self.device)
+        return {k: v.to(self.device) for k, v in inputs.items()}, places, labels
 
-    # ---- Eq. 5 and Eq. 9
-    def loss(self, samples, prefix, deep=None):
-        """Sum over the batch of -log p(answer tokens | prefix, picture, instruction), and the number of tokens."""
-        inputs, mask, labels = self.encode(samples, prefix.shape[1], answers=True)
+    def _pad_tokens(self, name, items, tails, P):
+        """One tensor (B,S) of token shape: ids, attention mask, token types, or the placeholders."""
+        # What stands in padding, in a placeholder, and at an answer token (None: the token itself).
+        padding, placeholder, said = {"input_ids": (self.pad, self.eos, None), "attention_mask": (0, 1, 1),
+                                      "placeholders": (0, 1, 0)}.get(name, (0, 0, 0))
+        left = max(item["input_ids"].shape[1] for item in items)
+        right = max(map(len, tails))
+        bos, rows = self.tokenizer.bos_token_id, []
+        for item, tail in zip(items, tails):
+            ids = item["input_ids"][0]
+            own = item[name][0].long() if name in item else torch.zeros_like(ids)
+            head = int(bos is not None and ids[0] == bos)                # 1 where a BOS comes first, else 0
+            answer = tail if said is None else [said] * len(tail)
+            rows.append(torch.cat([own.new_full((left - len(ids),), padding), own[:head],
+                                   own.new_full((P,), placeholder), own[head:], own.new_tensor(answer),
+                                   own.new_full((right - len(tail),), padding)]))
+        return torch.stack(rows)                                         # (B,S)
+
+    def _pad_pictures(self, name, items):
+        """Pictures of different sizes, and what describes them: zeros at their ends, then joined."""
+        parts = [item[name] for item in items if name in item]
+        largest = [max(n) for n in zip(*(part.shape[1:] for part in parts))]
+        whole = []
+        for part in parts:
+            missing = [n - m for n, m in zip(largest, part.shape[1:])]
+            whole.append(F.pad(part, [x for n in reversed(missing) for x in (0, n)]))    # F.pad counts axes from the last
+        out = torch.cat(whole)
+        return out.to(self.model.dtype) if out.is_floating_point() else out
+
+    # ---- learning and answering
+    def loss(self, samples, prefix):
+        """L_LMM of Eq. 5 as a sum over the batch's answer tokens, and the number of these tokens."""
+        prefix = layered(prefix)
+        inputs, places, labels = self.encode(samples, prefix.soft.shape[1], answers=True)
         A = labels.shape[1]
-        # L_LMM = -sum_l log p(y_l | [X~_p, X_v, X_instruct, y_<l]): logits one place before each answer token   Eq. 5
-        logits = self._call(self.model, prefix, mask, deep, **inputs, logits_to_keep=A + 1, use_cache=False).logits
-        logits = logits[:, -(A + 1):-1].float()                          # (B,A,V)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), \
-            (labels != -100).sum()
+        out = self._call(self.model, prefix, places, **inputs, logits_to_keep=A + 1, use_cache=False)
+        # The logits that foretell a token stand one place before it.
+        logits = out.logits[:, -(A + 1):-1].float()                      # (B,A,V)
+        return language_loss(logits, labels), (labels != -100).sum()
 
     @torch.no_grad()
-    def answer(self, samples, prefix, deep=None, max_new_tokens=32, **generate):
-        """y = f([X~_p; X_v; X_instruct]; theta), greedy: list of B strings.  Eq. 9.  prefix (B,P,D), P may be 0."""
-        inputs, mask, _ = self.encode(samples, prefix.shape[1])
-        out = self._call(self.model.generate, prefix, mask, deep, **inputs, **{
-            "do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad, **generate})
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, mask.shape[1]:], skip_special_tokens=True)]
+    def answer(self, samples, prefix, max_new_tokens=32, **generate):
+        """Eq. 9, greedy: list of B strings.  prefix (B,P,D), P may be 0."""
+        prefix = layered(prefix)
+        inputs, places, _ = self.encode(samples, prefix.soft.shape[1])
+        how = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad}
+        how.update(generate)
+        # No task number and no other weights: the frozen model f, and the chosen prompts in front.
+        # y = f([X~_p; X_v; X_instruct]; theta)
+        # Eq. 9
+        tokens = self._call(self.model.generate, prefix, places, **inputs, **how)[:, places.shape[1]:]
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-# ------------------------------------------------------------------ the small backbone: pre-trained once, then frozen
-MINI = dict(width=96, layers=3, clip_width=64, pictures=12_000, sight_steps=800, align_steps=300, steps=2000, clip_steps=400, batch=64,
-            lr=2e-3, seed=0)
-FILLERS = ("well", "so", "just", "kindly", "ok")
+class Backbone(NamedTuple):
+    """What is frozen: the model that answers, and the CLIP that guides."""
+    vlm: VLM
+    guidance: Guidance
 
 
-def _quiet():
+def transformers_quietly():
+    """The transformers package without its chatter."""
     import warnings
 
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*torchvision.*")
-    return __import__("transformers")
+    return transformers
 
 
-SEVEN_B = dict(width=4096, layers=32, clip_width=768, side=336, patch=14, heads=32, inner=11008,         # for --bench:
-               tower=(1024, 24, 16, 4096), vocabulary=32064)             # the shapes of LLaVA-1.5-7B and CLIP-L/14-336
-
-
-def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, heads=4, inner=None, tower=None,
-                vocabulary=0):
-    """An untrained LLaVA and CLIP, small by default, with a word-level tokenizer over `words`.
-
-    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers as wide as what they feed.
-    Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained, Auto classes work.
-    """
-    tf = _quiet()
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    special = ["<pad>", "<s>", "<unk>", "</s>", "<image>"]               # </s> is 3: CLIP takes 2 for "the largest id"
-    words = special + [w for w in dict.fromkeys(["USER", "ASSISTANT", ":", *FILLERS, *words]) if w not in special]
-
-    def tokenizer(end):
-        raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-        raw.pre_tokenizer = pre_tokenizers.Split(Regex(MINI_WORD), "removed", invert=True)       # keep what matches
-        raw.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>" if end else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 3)])
-        return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                          unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left")
-
-    pictures = getattr(tf, "CLIPImageProcessorPil", None) or tf.CLIPImageProcessor       # the one without torchvision
-    picture = dict(do_resize=True, size={"height": side, "width": side}, do_center_crop=False,
-                   image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    vision = lambda w: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-                                tower or (w, 2, 4, 2 * w)), image_size=side, patch_size=patch)
-    size, inner = max(len(words), vocabulary), inner or 2 * width
-    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**vision(width)), image_token_index=4, image_seq_length=(side // patch) ** 2,
-        text_config=tf.LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                                   num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
-                                   pad_token_id=0, bos_token_id=1, eos_token_id=3),
-        vision_feature_layer=-2 if tower else -1))
-    processor = tf.LlavaProcessor(pictures(**picture), tokenizer(False), patch_size=patch,
-                                  vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    g = clip_width
-    clip = tf.CLIPModel(tf.CLIPConfig(
-        projection_dim=g, vision_config=vision(g),
-        text_config=dict(vocab_size=len(words), hidden_size=g, intermediate_size=2 * g, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=3,
-                         pad_token_id=0)))
-    text = tokenizer(True)
-    text.padding_side = "right"
-    return model, processor, clip, tf.CLIPProcessor(pictures(**picture), text)
-
-
-def pretrain(folder, config=MINI, progress=True, watch=None):
-    """Pre-trains the small LLaVA and the small CLIP on the upstream mixture and saves both as ordinary model folders.
-
-    First the vision tower alone names what stands where in a picture; it is frozen; the projector learns to send a patch
-    near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP is aligned.  Upstream
-    (data.mini_coin_upstream): a terse skill word, before the picture or in the user's turn among filler words; sentences
-    for answers unless it says "short".  None of the stream's sentences, instructions or pictures occur in it.
-    """
-    from tqdm import tqdm
-    torch.manual_seed(config["seed"])
-    rng = random.Random(f"upstream {config['seed']}")
-    model, processor, clip, clip_processor = tiny_models(mini_coin_words(), config["width"], config["layers"],
-                                                         config["clip_width"])
-    pool = [mini_coin_upstream(rng) for _ in range(config["pictures"])]
-    blank = np.full((48, 48, 3), 128, np.uint8)
-    pixels = torch.from_numpy(np.stack([blank if p[0] is None else np.asarray(p[0]) for p in pool])).permute(0, 3, 1, 2)
-    ids = processor.tokenizer.get_vocab()
-    seen = torch.tensor([p[0] is not None for p in pool])
-    cells = torch.tensor([[[ids[w] if w else 0 for w in cell] for cell in p[3]] for p in pool])          # (N,9,8) words
-    words = lambda text: [ids[w] for w in re.findall(MINI_WORD, text)]
-    fill = lambda n: " ".join(rng.choice(FILLERS) for _ in range(rng.randint(0, n)))
-    see = lambda rows: pixels[rows] / 127.5 - 1                          # (B,3,48,48), as the image processor does it
-
-    def fit(what, steps, module, loss_of, choose):
-        opt = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], config["lr"], betas=(0.9, 0.98),
-                                weight_decay=0.01)
-        bar = tqdm(range(steps), desc=f"pre-training the small {what}, once", disable=not progress, mininterval=2)
-        for step in bar:
-            for group in opt.param_groups:                               # warm-up, then cosine to zero
-                decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
-                group["lr"] = config["lr"] * min(1, (step + 1) / 100) * decay
-            loss = loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            opt.step()
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-            if watch:
-                watch(what, step, loss.item(), model)
-
-    def sight(rows):
-        h = tower(see(rows)).last_hidden_state[:, 1:]                    # (B,9,D)
-        return F.cross_entropy(eyes(h).unflatten(-1, (8, -1)).flatten(0, 2), cells[rows].flatten())
-
-    def alignment(rows):
-        said = F.one_hot(cells[rows][..., :4], len(ids)).sum(2)[..., 1:].float()         # (B,9,V-1): what stands there
-        where = said.sum(-1) > 0
-        near = model.model.multi_modal_projector(features[rows]) @ model.get_input_embeddings().weight.detach().T
-        return F.cross_entropy(50 * near[..., 1:][where], said[where] / said[where].sum(-1, keepdim=True))
-
-    def language(rows):
-        lines, answers = [], []
-        for row in rows.tolist():                                        # several questions on one picture
-            line, mine = [1], [0]
-            asked = rng.sample(pool[row][1], min(4, len(pool[row][1])))
-            for i, (skill, text, answer, sentence) in enumerate(asked):
-                image = "<image>" * n_image if i == 0 and pool[row][0] is not None else ""
-                if rng.random() < 0.5:
-                    skill = f"{skill} short"
-                else:
-                    answer = sentence
-                head = words(f"{skill} USER: {image} {fill(3)} {text} {fill(3)} ASSISTANT:" if rng.random() < 0.5 else
-                             f"USER: {image} {fill(1)} {skill} {text} {fill(2)} ASSISTANT:")
-                tail = words(answer) + [ids["</s>"]]
-                line, mine = line + head + tail, mine + [0] * len(head) + [1] * len(tail)
-            lines.append(torch.tensor(line))
-            answers.append(torch.tensor(mine))
-        x = nn.utils.rnn.pad_sequence(lines, batch_first=True)
-        y = x.masked_fill(nn.utils.rnn.pad_sequence(answers, batch_first=True) == 0, -100)[:, 1:]
-        table = model.get_input_embeddings()(x)
-        patches = model.model.multi_modal_projector(features[rows[seen[rows]]])          # (B',9,D)
-        table = table.masked_scatter((x == ids["<image>"])[..., None], patches)
-        h = model.model.language_model(inputs_embeds=table, use_cache=False).last_hidden_state[:, :-1]
-        return F.cross_entropy(model.lm_head(h[y != -100]), y[y != -100])
-
-    def contrast(rows):
-        text = [torch.tensor([1, *words(pool[i][2]), ids["</s>"]]) for i in rows.tolist()]
-        text = nn.utils.rnn.pad_sequence(text, batch_first=True)
-        return clip(pixel_values=see(rows), input_ids=text, attention_mask=(text != 0).long(), return_loss=True).loss
-
-    tower, n_image, eyes = model.model.vision_tower, model.config.image_seq_length, nn.Linear(config["width"], 8 * len(ids))
-    shown = seen.nonzero()[:, 0].tolist()
-    fit("eyes", config["sight_steps"], nn.ModuleList([tower, eyes]), sight, shown)
-    tower.requires_grad_(False).eval()
-    with torch.no_grad():                                                # frozen: looked at once
-        features = torch.cat([tower(see(r)).last_hidden_state[:, 1:] for r in torch.arange(len(pool)).split(500)])
-    fit("projector", config["align_steps"], model.model.multi_modal_projector, alignment, shown)
-    fit("LLaVA", config["steps"], model, language, range(len(pool)))
-    fit("CLIP", config["clip_steps"], clip.train(), contrast, shown)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    for name, m, p in (("llava", model, processor), ("clip", clip, clip_processor)):
-        m.eval().save_pretrained(part / name)
-        p.save_pretrained(part / name)
-    if folder.exists():                                                  # another process was faster
-        shutil.rmtree(part)
-    else:
-        part.rename(folder)
-
-
-def mini_backbone(smoke=False, seed=0):
-    """Folder with llava/ and clip/ of a small backbone; trained on the first call, read from the cache afterwards.
-    seed: of its pre-training.  Two seeds, or two machines, give backbones of which one takes prompts better than the other."""
-    import hashlib
-    tiny = dict(pictures=500, sight_steps=20, align_steps=5, steps=40, clip_steps=20, batch=32)
-    config = {**MINI, "seed": seed, **(tiny if smoke else {})}
-    name = hashlib.sha256(json.dumps([config, MINI_COIN], sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"mini-coin-v{MINI_COIN}-{name}"
-    if not (folder / "clip").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        pretrain(folder, config)
-    return folder
-
-
-def load(backbone="mini", clip=None, device="cpu", dtype="fp32", template="chat", text_feature="pooled", smoke=False,
-         backbone_seed=0):
-    """(VLM, Guidance) from "mini", a Hugging Face id or a folder.  Raises InputError if one cannot be had or read."""
-    tf = _quiet()
-    if backbone == "mini":
-        folder = mini_backbone(smoke, backbone_seed)
-        backbone, clip = str(folder / "llava"), clip or str(folder / "clip")
-    if clip is None:
+def load_backbone(args, stream=None):
+    """Backbone of --backbone "mini", a Hugging Face id or a folder.  InputError if not to be had."""
+    tf = transformers_quietly()
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    if args.backbone != "mini" and args.clip is None:
         raise InputError("--clip is needed with this --backbone: the CLIP that guides, for instance "
                          "openai/clip-vit-large-patch14-336 or a folder")
-    out, kind = [], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    for name, model_class, flag in ((backbone, tf.AutoModelForImageTextToText, "--backbone"),
-                                    (clip, tf.CLIPModel, "--clip")):
-        try:
-            out += [model_class.from_pretrained(name, dtype=kind).to(device), tf.AutoProcessor.from_pretrained(name)]
-        except (OSError, ValueError, KeyError) as e:
-            raise InputError(f"{flag} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:160]}); "
-                             "give a folder written by save_pretrained or a Hugging Face id that this machine can reach")
-    return VLM(out[0], out[1], template), Guidance(out[2], out[3], text_feature)
+    if args.backbone == "mini":
+        model, processor, clip, clip_processor = small_models(args.backbone_seed)
+        for p in (*model.parameters(), *clip.parameters()):       # tables of positions stay in full precision
+            p.data = p.data.to(kind)
+    else:
+        model = metrics.from_pretrained(tf.AutoModelForImageTextToText, args.backbone, "--backbone", dtype=kind)
+        processor = metrics.from_pretrained(tf.AutoProcessor, args.backbone, "--backbone")
+    if args.clip is not None:
+        clip = metrics.from_pretrained(tf.CLIPModel, args.clip, "--clip", dtype=kind)
+        clip_processor = metrics.from_pretrained(tf.AutoProcessor, args.clip, "--clip")
+    vlm = VLM(model.to(args.device), processor, args.template)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()                                                    # checkpointing looks at this flag
+        for module in model.modules():                                   # but nothing frozen drops out
+            if isinstance(module, nn.Dropout):
+                module.eval()
+    return Backbone(vlm, Guidance(clip.to(args.device), clip_processor))
 
 
-def load_for(a):
-    """load() with the flags of the command line."""
-    return load(a.backbone, a.clip, a.device, a.dtype, a.template, a.text_feature, a.smoke, a.backbone_seed or 0)
-
-
-# ------------------------------------------------------------------------------------------------------- baselines
+# =========================================================================================== compared methods
+# One protocol for all, the paper's class above included:
+#   begin_task(token_embeddings, generator)   once a task, before it is learned
+#   forward(x_v, x_t) -> prefix, losses       a step of training;   select(x_v, x_t) -> prefix, chosen   an
+# answer   end_task()                                freezes what belongs to the task
+# Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real
+# backbones; needs_guidance, whether CLIP has to look.  A constructor asks by name for what it needs: see
+# build_method.
 
 
 class Frozen(nn.Module):
-    """Zero-shot: the frozen model, no prefix."""
-    needs_guidance, deep = False, {}
+    """Zero-shot, the lower bound: the frozen model, no prefix.  The others inherit the rest from it."""
+    needs_guidance, lr, lr_large = False, 0.0, 2e-4
 
     def __init__(self, width):
         super().__init__()
@@ -588,26 +546,31 @@ class Frozen(nn.Module):
         return x_v.new_zeros(len(x_v), 0, self.width), None
 
 
-class LoRA(Frozen):
-    """Sequential fine-tuning (experts=1) and MoELoRA (experts=8), on every linear layer of the language model.
+class LoRA(nn.Module):
+    """Low-rank adapters on every linear layer of the language model, several experts of them if wanted.
 
-    W x + alpha/r sum_e g_e(x) B_e A_e x,  g = softmax(W_g x) over the experts (1 for a single one).  B starts at zero.
+    W x + alpha/r sum_e g_e(x) B_e A_e x,  g = softmax(W_g x) over the experts (1 for one).  B starts at zero.
     """
 
     def __init__(self, vlm, rank=8, alpha=16, experts=1):
-        super().__init__(vlm.width)
+        super().__init__()
         self.rank, self.scale, self.experts = rank, alpha / rank, experts
         self.A, self.B, self.gate = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for linear in (m for layer in vlm.layers for m in layer.modules() if isinstance(m, nn.Linear)):
-            n = {"device": linear.weight.device}
-            self.A.append(torch.randn(experts * rank, linear.in_features, **n) / math.sqrt(linear.in_features))
-            self.B.append(torch.zeros(linear.out_features, experts * rank, **n))
+            where = {"device": linear.weight.device}
+            self.A.append(torch.randn(experts * rank, linear.in_features, **where) / math.sqrt(linear.in_features))
+            self.B.append(torch.zeros(linear.out_features, experts * rank, **where))
             if experts > 1:
-                self.gate.append(torch.zeros(experts, linear.in_features, **n))
-            i = len(self.A) - 1
-            linear.register_forward_hook(lambda m, args, out, i=i: out + self.delta(i, args[0]).to(out.dtype))
+                self.gate.append(torch.zeros(experts, linear.in_features, **where))
+            linear.register_forward_hook(self._hook(len(self.A) - 1))
+
+    def _hook(self, i):
+        def hook(module, inputs, out):
+            return out + self.delta(i, inputs[0]).to(out.dtype)
+        return hook
 
     def delta(self, i, x):
+        """What the adapters of linear layer i add: x (...,in) -> (...,out)."""
         x = x.float()
         h = x @ self.A[i].T                                              # (...,in) @ (in,E r) -> (...,E r)
         if self.experts > 1:
@@ -616,21 +579,52 @@ class LoRA(Frozen):
         return h @ self.B[i].T * self.scale                              # (...,E r) @ (E r,out)
 
 
+class FineTune(Frozen):
+    """Sequential fine-tuning: one LoRA for all tasks, which nothing keeps from forgetting."""
+    lr = 5e-4
+
+    def __init__(self, vlm, rank=16):
+        super().__init__(vlm.width)
+        self.lora = LoRA(vlm, rank, 2 * rank)
+
+
+class Joint(Frozen):
+    """Multi-task training, the upper bound: the same LoRA, on the samples of all tasks at once."""
+    lr = 2e-4
+
+    def __init__(self, vlm, rank=16):
+        super().__init__(vlm.width)
+        self.lora = LoRA(vlm, rank, 2 * rank)
+
+
+class MoELoRA(Frozen):
+    """CoIN's method: several LoRA experts with a router; they share the rank of one among them."""
+    lr = 2e-3
+
+    def __init__(self, vlm, rank=16, experts=8):
+        super().__init__(vlm.width)
+        each = max(1, rank // experts)
+        self.lora = LoRA(vlm, each, 2 * each, experts)
+
+
 def query(x_v, x_t):
     """What the prompt pools below are asked with: both modalities, like ours.  (B,G), unit length."""
     return F.normalize(F.normalize(x_v, dim=-1) + F.normalize(x_t, dim=-1), dim=-1)
 
 
 def vocabulary_rows(token_embeddings, shape, generator):
-    """Copies of random rows (…,D), the paper's start for every prompt."""
+    """Copies of random rows (...,D), the paper's start for every prompt."""
     rows = torch.randint(len(token_embeddings), shape, generator=generator).to(token_embeddings.device)
     return token_embeddings.detach()[rows].float().clone()
 
 
 class L2P(Frozen):
-    """Wang et al. 2022b: one pool for all tasks; the N prompts whose keys are nearest to the query go in front.
-    Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's default)."""
-    needs_guidance = True
+    """Wang et al. 2022b: one pool for all tasks; the N prompts with the nearest keys go in front.
+
+    Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's
+    default).
+    """
+    needs_guidance, lr = True, 5e-3
 
     def __init__(self, width, guidance_width, pool=10, length=10, top=3, pull=0.5):
         super().__init__(width)
@@ -654,18 +648,21 @@ class L2P(Frozen):
 
 
 class DualPrompt(Frozen):
-    """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert prompt (10) a
-    task in the upper ones, each layer with its own tokens.  Below its layers an expert place holds a zero vector, which has
-    zero key and value.  The expert of the nearest key answers; keys learn 1 - cos to the query."""
-    needs_guidance = True
+    """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert
+    prompt (10) a task in the upper ones, each layer with its own tokens.
 
-    def __init__(self, width, guidance_width, n_layers, general=3, expert=10):
+    Below its layers an expert place holds a zero vector, which has zero key and value.  The expert of the
+    nearest key answers; keys learn 1 - cos to the query.  The prefix is a LayeredPrefix.
+    """
+    needs_guidance, lr = True, 0.02
+
+    def __init__(self, width, guidance_width, n_layers, general=3, length=10):
         super().__init__(width)
         low = max(1, min(2, n_layers // 2))
         self.low, self.high = list(range(low)), list(range(low, min(n_layers, low + 3)))
-        self.n, self.m, self.guidance_width = general, expert, guidance_width
+        self.length, self.guidance_width, self.started = length, guidance_width, False
         self.general = nn.Parameter(torch.zeros(len(self.low), general, width))
-        self.experts, self.keys, self.started = nn.ParameterList(), nn.ParameterList(), False
+        self.experts, self.keys = nn.ParameterList(), nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
         self.end_task()
@@ -673,75 +670,81 @@ class DualPrompt(Frozen):
             start = vocabulary_rows(token_embeddings, self.general.shape[:2], generator)
             self.to(token_embeddings.device).general.data = start
             self.started = True
-        self.experts.append(nn.Parameter(vocabulary_rows(token_embeddings, (len(self.high), self.m), generator)))
+        shape = (len(self.high), self.length)
+        self.experts.append(nn.Parameter(vocabulary_rows(token_embeddings, shape, generator)))
         self.keys.append(nn.Parameter(torch.empty(self.guidance_width).uniform_(-1, 1).to(token_embeddings.device)))
 
     def end_task(self):
         for p in [*self.experts, *self.keys]:
             p.requires_grad_(False)
 
-    def _prefix(self, chosen):
+    def prefix(self, chosen):
+        """chosen (B,) -> the general prompt and the chosen experts, each at its layers."""
         B = len(chosen)
         expert = torch.stack(list(self.experts))[chosen]                 # (B,layers,m,D)
-        zeros = expert.new_zeros(B, self.m, self.width)
+        zeros = expert.new_zeros(B, self.length, self.width)
         general = self.general[:, None].expand(-1, B, -1, -1)            # (layers,B,n,D)
-        self.deep = {i: torch.cat([general[j], zeros], 1) for j, i in enumerate(self.low) if i}
-        self.deep.update({i: expert[:, j] for j, i in enumerate(self.high)})     # the last m places of the prefix
-        return torch.cat([general[0], zeros], 1)                         # (B,n+m,D)
+        deep = {i: torch.cat([general[j], zeros], 1) for j, i in enumerate(self.low) if i}
+        deep.update({i: expert[:, j] for j, i in enumerate(self.high)})  # the last m places of the prefix
+        return LayeredPrefix(torch.cat([general[0], zeros], 1), deep)    # (B,n+m,D)
 
     def forward(self, x_v, x_t):
         now = torch.full((len(x_v),), len(self.experts) - 1, device=x_v.device)
         near = (query(x_v, x_t) @ F.normalize(self.keys[-1], dim=-1)).mean()
-        return self._prefix(now), {"pull": 1 - near}
+        return self.prefix(now), {"pull": 1 - near}
 
     def select(self, x_v, x_t):
-        chosen = (query(x_v, x_t) @ F.normalize(torch.stack(list(self.keys)), dim=-1).T).argmax(-1)      # (B,)
-        return self._prefix(chosen), chosen[:, None]
+        keys = F.normalize(torch.stack(list(self.keys)), dim=-1)         # (t,G)
+        chosen = (query(x_v, x_t) @ keys.T).argmax(-1)                   # (B,)
+        return self.prefix(chosen), chosen[:, None]
 
 
 class CODAPrompt(Frozen):
-    """Smith et al. 2023: p = sum_m w_m P_m with w_m = cos(q * A_m, K_m).  10 components of length 10 (appendix D),
-    shared out over the T tasks; those of earlier tasks are frozen.  Components, keys and attentions are kept orthogonal."""
-    needs_guidance = True
+    """Smith et al. 2023: p = sum_m w_m P_m with w_m = cos(q * A_m, K_m).
+
+    10 components of length 10 (appendix D), shared out over the T tasks; those of earlier tasks are frozen.
+    Components, keys and attentions are kept orthogonal.
+    """
+    needs_guidance, lr = True, 0.02
 
     def __init__(self, width, guidance_width, tasks, pool=10, length=10, ortho=0.1):
         super().__init__(width)
-        pool = max(pool, tasks)                                          # at least one component a task
-        self.tasks, self.pool, self.ortho, self.t, self.length = tasks, pool, ortho, 0, length
-        self.P = nn.ParameterList()
-        self.K, self.A = nn.ParameterList(), nn.ParameterList()
-        self.guidance_width = guidance_width
+        self.tasks, self.pool = tasks, max(pool, tasks)                  # at least one component a task
+        self.ortho, self.t, self.length, self.guidance_width = ortho, 0, length, guidance_width
+        self.P, self.K, self.A = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
         self.end_task()
         n = (self.t + 1) * self.pool // self.tasks - self.t * self.pool // self.tasks
         self.P.append(nn.Parameter(vocabulary_rows(token_embeddings, (n, self.length), generator)))
         for bank in (self.K, self.A):
-            bank.append(nn.Parameter(torch.empty(n, self.guidance_width).uniform_(0, 1).to(token_embeddings.device)))
+            start = torch.empty(n, self.guidance_width).uniform_(0, 1)
+            bank.append(nn.Parameter(start.to(token_embeddings.device)))
         self.t += 1
 
     def end_task(self):
         for p in self.parameters():
             p.requires_grad_(False)
 
-    def _banks(self):
+    def banks(self):
         return torch.cat(list(self.P)), torch.cat(list(self.K)), torch.cat(list(self.A))
 
     def select(self, x_v, x_t):
-        P, K, A = self._banks()
-        w = F.cosine_similarity(query(x_v, x_t)[:, None] * A, K[None], dim=-1)           # (B,1,G) * (M,G) -> (B,M)
+        P, K, A = self.banks()
+        w = F.cosine_similarity(query(x_v, x_t)[:, None] * A, K[None], dim=-1)      # (B,1,G) * (M,G) -> (B,M)
         return torch.einsum("bm,mld->bld", w, P), None
 
     def forward(self, x_v, x_t):
         loss = 0.0
-        for bank in self._banks():                                       # unit rows, as far from each other as can be
+        for bank in self.banks():                                # unit rows, as far from each other as can be
             x = F.normalize(bank.flatten(1), dim=-1)
             loss = loss + (x @ x.T - torch.eye(len(x), device=x.device)).pow(2).mean()
         return self.select(x_v, x_t)[0], {"ortho": self.ortho * loss}
 
 
 class ProgressivePrompts(Frozen):
-    """Razdaibiedina et al. 2023: the sets of all tasks, one after the other, always; only the current one learns."""
+    """Razdaibiedina et al. 2023: the sets of all tasks, in a row, always; only the current one learns."""
+    lr = 1e-3
 
     def __init__(self, width, length=10):
         super().__init__(width)
@@ -762,509 +765,665 @@ class ProgressivePrompts(Frozen):
         return self.select(x_v, x_t)[0], {}
 
 
-METHODS = {
-    "modalprompt": lambda vlm, G, T, a: ModalPrompt(vlm.width, G, a.length, a.top_k, a.lam, a.fusion, a.selection),
-    "zero-shot": lambda vlm, G, T, a: Frozen(vlm.width),
-    "finetune": lambda vlm, G, T, a: LoRA(vlm, a.rank, 2 * a.rank),
-    "multi-task": lambda vlm, G, T, a: LoRA(vlm, a.rank, 2 * a.rank),
-    "moelora": lambda vlm, G, T, a: LoRA(vlm, max(1, a.rank // a.experts), 2 * max(1, a.rank // a.experts), a.experts),
-    "l2p": lambda vlm, G, T, a: L2P(vlm.width, G, length=a.length),
-    "dualprompt": lambda vlm, G, T, a: DualPrompt(vlm.width, G, len(vlm.layers), expert=a.length),
-    "coda": lambda vlm, G, T, a: CODAPrompt(vlm.width, G, T, length=a.length),
-    "progressive": lambda vlm, G, T, a: ProgressivePrompts(vlm.width, a.length),
-}
+METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": FineTune, "joint": Joint, "moelora": MoELoRA, "l2p": L2P,
+           "dualprompt": DualPrompt, "coda": CODAPrompt, "progressive": ProgressivePrompts}
 
 
-# ---------------------------------------------------------------------------------------------- train and evaluate
-LR = {"modalprompt": 5e-3, "l2p": 5e-3, "dualprompt": 0.02, "coda": 0.02, "progressive": 1e-3,         # mini-CoIN, each
-      "finetune": 5e-4, "moelora": 2e-3, "multi-task": 2e-4, "zero-shot": 0.0}          # the best of three (README)
-BOUNDS = ("zero-shot", "multi-task")
+def build_method(args, backbone, stream):
+    """The method of --method: its constructor gets what it asks for by name."""
+    vlm, kind = backbone.vlm, METHODS[args.method]
+    there = {"vlm": vlm, "width": vlm.width, "n_layers": len(vlm.layers), "guidance_width": backbone.guidance.width,
+             "tasks": len(stream), **{k: getattr(args, k) for k in ("length", "top_k", "lam", "fusion", "selection",
+                                                                    "rank", "experts")}}
+    asked = {name: there[name] for name in inspect.signature(kind).parameters if name in there}
+    with metrics.one_clear_line():
+        return kind(**{**asked, **args.options}).to(vlm.device)
 
 
-def default_lr(a):
-    return LR[a.method] if a.backbone == "mini" else 2e-4
+# ============================================================================================= learn and test
+# The continual protocol: tasks come one after the other, and after each all tasks seen so far are tested,
+# without a task number.  Only what the method marks as trainable learns; the backbone and the guide stay as
+# they were.
+
+
+def load_stream(args):
+    """The tasks in their order; --see hides one modality of every sample."""
+    stream = instruction_stream(args.data, args.root, args.seed, args.sizes, args.limit).reorder(args.order)
+    hidden = {"both": {}, "picture": {"text": ""}, "question": {"image": None}}[args.see]
+    for task in stream.tasks:
+        for sample in (*task.train, *task.val, *task.test):
+            sample.update(hidden)
+    return stream
 
 
 @torch.no_grad()
-def guidance_features(guidance, samples, batch=64):
-    """x_v (N,G), x_t (N,G) of a list of samples, in order: frozen, hence computed once a sample.  Empty list: (0,G)."""
-    parts = [guidance([sample_picture(s) for s in samples[i:i + batch]], [s["text"] for s in samples[i:i + batch]])
-             for i in range(0, len(samples), batch)]
-    empty = torch.zeros(0, guidance.width)
-    return tuple(torch.cat([p[j].cpu() for p in parts]) if parts else empty for j in (0, 1))
+def guide(backbone, method, samples, batch=64):
+    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples.  CLIP is frozen, so every sample is looked at once
+    and carries what was seen along.  Rows of width 0 for a method that needs no guidance."""
+    if not method.needs_guidance:
+        return torch.zeros(len(samples), 0), torch.zeros(len(samples), 0)
+    new = [s for s in samples if "guide" not in s]
+    for i in range(0, len(new), batch):
+        part = new[i:i + batch]
+        x_v, x_t = backbone.guidance([sample_picture(s) for s in part], [s["text"] for s in part])
+        for sample, *both in zip(part, x_v.cpu(), x_t.cpu()):
+            sample["guide"] = both
+    return tuple(torch.stack([s["guide"][i] for s in samples]) for i in (0, 1))
 
 
-def learn_task(vlm, method, samples, features, a, t, start=(0, None), after_epoch=lambda *_: None, name=""):
-    """Trains method on one task: AdamW, warm-up over 3 % of the steps, then constant; gradients clipped at norm 1.
+def begin_task(args, backbone, method, t):
+    """Begins task t; what it draws depends on the seed and t alone, so a resumed run draws the same."""
+    torch.manual_seed(args.seed * 7919 + t)
+    method.begin_task(backbone.vlm.embedding.weight, torch.Generator().manual_seed(args.seed * 7919 + t))
 
-    start: (epoch, optimizer state) to go on from.  after_epoch(epoch, optimizer, loss) runs after each epoch."""
-    from tqdm import tqdm
-    named = [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if not n.startswith("projector")], "lr": a.lr},
-              {"params": [p for n, p in named if n.startswith("projector")], "lr": a.lr_projector}]
-    opt = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-    rates = [g["lr"] for g in opt.param_groups]
-    if start[1] is not None:
-        opt.load_state_dict(start[1])
-    per_epoch = math.ceil(len(samples) / a.batch)
-    warm = max(1, round(0.03 * a.epochs * per_epoch))
-    device = vlm.device
-    for epoch in range(start[0], a.epochs):
-        dice = torch.Generator().manual_seed(a.seed * 1_000_003 + t * 1009 + epoch)
-        order = torch.randperm(len(samples), generator=dice)
-        bar = tqdm(range(per_epoch), desc=f"task {t + 1} {name} epoch {epoch + 1}/{a.epochs}", leave=False,
-                   mininterval=1, disable=a.quiet)
-        total = 0.0
-        for i in bar:
-            step = epoch * per_epoch + i
-            for group, rate in zip(opt.param_groups, rates):
-                group["lr"] = rate * min(1.0, (step + 1) / warm)
-            rows = order[i * a.batch:(i + 1) * a.batch].tolist()
-            micro = math.ceil(len(rows) / a.accum)
+
+def learn_task(args, backbone, method, task, run):
+    """Trains method on one task: AdamW, warm-up over 3 % of the steps, then constant."""
+    learning = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    if not learning:                                                     # zero-shot
+        return
+    # Proj_p has a rate of its own: it starts from random weights, the prompts from words.
+    projector = [p for name, p in learning.items() if name.startswith("projector")]
+    others = [p for name, p in learning.items() if not name.startswith("projector")]
+    groups = [{"params": others, "rate": args.lr}]
+    if projector:
+        rate = method.lr_projector if args.backbone == "mini" else method.lr_large
+        groups.append({"params": projector, "rate": rate})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+    samples, vlm = task.train, backbone.vlm
+    x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
+    steps = math.ceil(len(samples) / args.batch)
+    warm = max(1, round(0.03 * args.epochs * steps))
+    for epoch in run.epochs(args.epochs, learning, optimizer, task.name):
+        dice = torch.Generator().manual_seed(args.seed * 1_000_003 + run.stage * 1009 + epoch)
+        order, total = torch.randperm(len(samples), generator=dice), 0.0
+        for i in run.bar(range(steps)):
+            step = epoch * steps + i
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * min(1.0, (step + 1) / warm)
+            rows = order[i * args.batch:(i + 1) * args.batch].tolist()
             n_tokens = sum(len(vlm.answer_ids(samples[r])) for r in rows)
-            value = 0.0
-            for j in range(0, len(rows), micro):                         # same gradient whatever --accum
-                part = rows[j:j + micro]
-                x_v, x_t = (f[part].to(device) for f in features)
-                prefix, extra = method(x_v, x_t)
-                nll, _ = vlm.loss([samples[r] for r in part], prefix, method.deep)
-                # L_Total = L_Proto + L_LMM                                                                  Eq. 7
-                loss = nll / n_tokens + a.own_weight * sum(extra.values()) * (len(part) / len(rows))
-                if not torch.isfinite(loss):
-                    raise InputError(f"the loss is not finite at task {t + 1}, step {step + 1}, learning rate "
-                                     f"{opt.param_groups[0]['lr']:.2g}: use a smaller --lr (or --dtype fp32)")
+            few = math.ceil(len(rows) / args.accum)                 # --accum parts a batch, the same gradient
+            for part in (rows[j:j + few] for j in range(0, len(rows), few)):
+                prefix, losses = method(x_v[part].to(vlm.device), x_t[part].to(vlm.device))      # Eq. 2-4, 6
+                language, _ = vlm.loss([samples[r] for r in part], prefix)                       # Eq. 5
+                weight = args.own_weight * (len(part) / len(rows))
+                loss = total_loss(language / n_tokens, losses, weight)                           # Eq. 7
+                run.check(loss.item(), step, optimizer)
                 loss.backward()
-                value += loss.item()
-            nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-            total += value
-            bar.set_postfix(loss=f"{value:.3f}")
-        after_epoch(epoch + 1, opt, total / per_epoch)
+                total += loss.item()
+            nn.utils.clip_grad_norm_([*learning.values()], args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        run.keep(total / steps)
 
 
 @torch.no_grad()
-def evaluate(vlm, method, samples, features, a):
-    """Scores on one task in points: (corrected, official, number chosen per prompt set (T,) or None, answers)."""
-    fixed, official, counts, answers = [], [], None, []
-    for i in range(0, len(samples), a.eval_batch):
-        part = samples[i:i + a.eval_batch]
-        x_v, x_t = (f[i:i + a.eval_batch].to(vlm.device) for f in features)
-        prefix, chosen = method.select(x_v, x_t)
-        said = vlm.answer(part, prefix, method.deep, a.max_new_tokens)
-        answers += said
-        fixed += [score_instruction(s["kind"], y, s) for s, y in zip(part, said)]
-        official += [score_instruction(s["kind"], y, s, official=True) for s, y in zip(part, said)]
-        if chosen is not None:
-            new = torch.bincount(chosen.flatten().cpu(), minlength=a.tasks)
-            counts = new if counts is None else counts + new
-    return 100 * float(np.mean(fixed)), 100 * float(np.mean(official)), counts, answers
+def evaluate(args, backbone, method, samples):
+    """Answers the samples of one task: {"score", "official"} in points, the latter by the official code's
+    scoring; "chosen" (N,k') prompt sets or None; "answers", N strings."""
+    vlm, answers, chosen = backbone.vlm, [], []
+    x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
+    for i in range(0, len(samples), args.eval_batch):
+        part = slice(i, i + args.eval_batch)
+        prefix, sets = method.select(x_v[part].to(vlm.device), x_t[part].to(vlm.device))         # Eq. 8
+        answers += vlm.answer(samples[part], prefix, args.max_new_tokens)                        # Eq. 9
+        if sets is not None:
+            chosen.append(sets.cpu())
+
+    def points(official):
+        score = metrics.score_instruction
+        return 100 * float(np.mean([score(s["kind"], y, s, official=official) for s, y in zip(samples, answers)]))
+    return {"score": points(False), "official": points(True), "chosen": torch.cat(chosen) if chosen else None,
+            "answers": answers}
 
 
 def summary(A):
-    """The paper's four averages of a matrix (T,T): Last, Avg, B, M (appendix A); only Last for one task."""
-    out = {"Last": float(metrics.last(A).mean())}
-    if len(A) > 1:
-        out.update(Avg=float(metrics.avg(A).mean()), B=float(metrics.backward_transfer(A).mean()),
-                   M=float(metrics.mean_accuracy(A).mean()))
-    return out
+    """The paper's four averages of a matrix (T,T): Last, Avg, B, M (appendix A); of one row only Last."""
+    if len(A) == 1 or np.isnan(A[0, 0]):
+        return {"Last": float(A[-1].mean())}
+    return {"Last": float(metrics.last(A).mean()), "Avg": float(metrics.avg(A).mean()),
+            "B": float(metrics.backward_transfer(A).mean()), "M": float(metrics.mean_accuracy(A).mean())}
 
 
-def run_args(a):
-    """The arguments that decide a run's outcome, for results.json, --resume and --table."""
-    keys = ("method data root backbone clip template text_feature seed order epochs batch accum lr lr_projector "
-            "own_weight length top_k lam fusion selection rank experts dtype device checkpointing sizes limit split "
-            "see max_new_tokens smoke backbone_seed")
-    args = {k: (list(v) if isinstance(v := getattr(a, k), tuple) else v) for k in keys.split()}
-    return {**args, "world": f"mini-CoIN {MINI_COIN}" if a.data == "mini" else a.data}
+def world(args):
+    """What was learned, with its version: figures of two versions must not be compared."""
+    return f"mini-CoIN {MINI_COIN}" if args.data == "mini" else args.data
 
 
-def run_one(a, folder):
+def run(args, folder):
     """One method, one seed: learns the stream and leaves `folder`; returns what results.json holds."""
-    torch.use_deterministic_algorithms(True, warn_only=True)         # two threads, one result
-    torch.manual_seed(a.seed)
-    stream = instruction_stream(a.data, a.root, a.seed, a.sizes, a.limit).reorder(a.order)
-    for task in stream.tasks if a.see != "both" else []:
-        for sample in (*task.train, *task.val, *task.test):
-            sample.update({"image": None} if a.see == "question" else {"text": ""})
-    vlm, guidance = load_for(a)
-    a.tasks = T = len(stream)
-    if a.checkpointing:
-        vlm.model.gradient_checkpointing_enable()
-        vlm.model.train()                                                # checkpointing looks at this flag
-        for module in vlm.model.modules():                               # but nothing frozen drops out
-            if isinstance(module, nn.Dropout):
-                module.eval()
-    method = METHODS[a.method](vlm, guidance.width, T, a).to(a.device)
-    table = vlm.embedding.weight
-    begin = lambda t: method.begin_task(table, torch.Generator().manual_seed(a.seed * 7919 + t))
-    begin_all = lambda t: [(torch.manual_seed(a.seed * 7919 + i), begin(i)) for i in range(t + 1)]
+    metrics.prepare(args, small=args.backbone == "mini")
+    stream = load_stream(args)
+    backbone = load_backbone(args, stream)
+    torch.manual_seed(args.seed)
+    method = build_method(args, backbone, stream)
+    run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet), len(stream)
+    run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, seed {args.seed}, "
+            "no task id at test")
+    run.say(f"setup     {args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, {args.dtype}, "
+            f"{args.device}; " + ", ".join(f"{k} {v}" for k, v in metrics.environment().items()))
+    counts = [f"{task.name} {len(task.train)}/{len(task.val)}/{len(task.test)}" for task in stream.tasks]
+    run.say(f"samples   {'  '.join(counts)}")
+    run.say("\n".join(f"note      {note}" for note in stream.notes))
 
-    run = Run(folder, run_args(a), a.resume)
-    say = (lambda *_: None) if a.quiet else print
-    say(f"{'method':<10}{a.method}   backbone {a.backbone} (width {vlm.width}, {len(vlm.layers)} layers)   guidance "
-        f"width {guidance.width} ({guidance.text_feature} text)   seed {a.seed}   no task id at test")
-    say(f"{'samples':<10}" + "  ".join(f"{x.name} {len(x.train)}/{len(x.val)}/{len(x.test)}" for x in stream.tasks))
-    for note in stream.notes:
-        say(f"{'note':<10}{note}")
-    env = metrics.environment()
-    say(f"{'setup':<10}{a.epochs} epochs, batch {a.batch} (x{a.accum} parts), lr {a.lr:g}, {a.dtype} on {a.device}; "
-        f"torch {env['torch']}, transformers {env['transformers']}, commit {env['commit']}")
-
-    features = None
-    if method.needs_guidance:
-        features = [{s: guidance_features(guidance, getattr(x, s)) for s in ("train", a.split)} for x in stream.tasks]
-    empty = lambda samples: (torch.zeros(len(samples), 0),) * 2
-    look = lambda i, s: features[i][s] if features else empty(getattr(stream.tasks[i], s))
-
-    A, official = np.full((T, T), np.nan), np.full((T, T), np.nan)
-    counts, first, start = np.zeros((T, T)), 0, (0, None)
-    if run.state:
-        s = run.state
-        first = s["task"]
-        if first >= 0:
-            begin_all(first if a.method not in BOUNDS else 0)
-            method.load_state_dict(s["method"])
-            start, A, official = (s["epoch"], s["optimizer"]), np.array(s["A"]), np.array(s["official"])
-    stages = [0] if a.method in BOUNDS else list(range(T))
-    for t in stages[first:]:
-        pool = range(T) if a.method in BOUNDS else [t]
-        samples = [x for i in pool for x in stream.tasks[i].train]
-        joined = tuple(torch.cat(parts) for parts in zip(*(look(i, "train") for i in pool)))
-        if not (run.state and t == first):
-            torch.manual_seed(a.seed * 7919 + t)
-            begin(t)
-
-        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-
-        def after_epoch(epoch, opt, loss):
-            run.log(task=t, name=stream.names[t], epoch=epoch, loss=loss, minutes=run.minutes)
-            run.checkpoint(task=t, epoch=epoch, method=method.state_dict(), optimizer=opt.state_dict(), A=A.tolist(),
-                           official=official.tolist())
-        name = stream.names[t] if len(stages) > 1 else "all tasks"
-        if a.method != "zero-shot":
-            learn_task(vlm, method, samples, joined, a, t, start, after_epoch, name)
-        start = (0, None)
+    bound = args.method in ("none", "joint")                             # they know no tasks: one stage
+    for t in range(run.stage + run.begun):                     # a killed run had begun these: as many prompts
+        begin_task(args, backbone, method, t)
+        if t < run.stage:
+            method.end_task()
+    run.restore(method=method)                                           # and these are the prompts it had
+    for t, task in run.tasks(stream.mixed() if bound else stream.tasks):
+        if run.fresh:                                                    # a killed run may have begun it
+            begin_task(args, backbone, method, t)
+            run.kept["trainable"] = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        learn_task(args, backbone, method, task, run)
         method.end_task()
-        row = T - 1 if a.method in BOUNDS else t
-        for i in range(row + 1):
-            A[row, i], official[row, i], picked, answers = evaluate(vlm, method, getattr(stream.tasks[i], a.split),
-                                                                    look(i, a.split), a)
-            if picked is not None and row == T - 1:
-                counts[i] = picked.numpy()
-        say(f"\nafter {name}")
-        say(metrics.format_matrix(A[:row + 1], stream.names))
+        seen = stream.tasks if bound else stream.tasks[:t + 1]
+        told = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
+        run.row([one["score"] for one in told])
+        run.kept.setdefault("official", []).append([one["official"] for one in told])
+        run.kept["counts"] = [torch.bincount(one["chosen"].flatten(), minlength=T).tolist()
+                              for one in told if one["chosen"] is not None]
 
-    bound = a.method in BOUNDS
-    result = {"Last": float(A[-1].mean())} if bound else summary(A)
-    total = sum(p.numel() for p in vlm.model.parameters())
-    more = {"official": {"Last": float(official[-1].mean())} if bound else summary(official),
-            "official_matrix": official,
-            "selection_counts": counts, "trainable_a_task": trained, "frozen": total,
-            "share_percent": 100 * trained / total, "notes": stream.notes}
-    if a.method == "modalprompt":                                        # Fig. 4: prototype i, features of task j
-        near = [sum(x.mean(0) / 2 for x in method.similarities(*(f.to(a.device) for f in look(j, a.split))))
-                for j in range(T)]
+    official = np.full((T, T), np.nan)
+    for row in run.kept["official"]:
+        official[len(row) - 1, :len(row)] = row
+    trainable = run.kept["trainable"]
+    frozen = sum(p.numel() for p in backbone.vlm.model.parameters())
+    more, prompts = {}, None
+    if args.method == "modalprompt":
+        prompts, near = method.tensors(), []
+        for task in stream.tasks:                                    # Fig. 4: every prototype with every task
+            x_v, x_t = guide(backbone, method, getattr(task, args.split))
+            alpha, beta = method.similarities(x_v.to(args.device), x_t.to(args.device))
+            near.append(alpha.mean(0) / 2 + beta.mean(0) / 2)
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
-    out = run.finish(A, stream.names, result, method.tensors() if hasattr(method, "tensors") else None,
-                     f"{a.method}, seed {a.seed}", **more)
-    return out
+    return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=world(args),
+                      official=summary(official), official_matrix=official,
+                      selection_counts=run.kept["counts"] or np.zeros((T, T)),
+                      trainable_a_task=trainable, frozen=frozen, share_percent=100 * trainable / frozen,
+                      notes=stream.notes, **more)
 
 
-
-# ---------------------------------------------------------------------------------------- tables, bench, one answer
-SETTINGS = {**{name: {"method": name} for name in METHODS},              # what differs from the defaults
-            "picture only": {"method": "multi-task", "see": "picture"},
-            "question only": {"method": "multi-task", "see": "question"},
-            "image": {"lam": 1.0}, "text": {"lam": 0.0},                 # Table 3
-            "fusion only": {"selection": False}, "selection only": {"fusion": False},                        # Table 5
-            **{f"k {n}": {"top_k": n} for n in (1, 2)},                  # not in the paper
-            **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},     # Fig. 3
-            **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
+# ===================================================================================================== tables
+# What makes a row differ from the default command, and what the paper prints: LLaVA-1.5-7B on CoIN.  B: lower
+# is better.  Rows without numbers are not in the paper.
 COLUMNS = ("Last", "Avg", "B", "M")
-TABLES = {"bounds": ["zero-shot", "multi-task", "picture only", "question only", "finetune"], "2": list(METHODS),
-          "3": ["image", "text", "modalprompt"], "5": ["fusion only", "selection only", "modalprompt"],
-          "k": ["k 1", "k 2", "modalprompt"],
-          "10": ["finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"],
-          "fig3": ["length 1", "length 2", "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora",
-                   "experts 16"], "fig4": ["modalprompt"]}
-PAPER = {"multi-task": {"Last": 67.10}, "zero-shot": {"Last": 48.89},    # Tables 2 to 5; None: not in the paper
-         "finetune": {"Last": 29.06, "Avg": 17.53, "B": 51.73, "M": 26.19},     # B: its formula gives 53.26 (README)
-         "coda": {"Last": 45.46, "Avg": 39.93, "B": 14.34, "M": 43.18}, "dualprompt": {"Last": 43.05, "Avg": 36.92},
-         "l2p": {"Last": 42.99, "Avg": 35.91}, "moelora": {"Last": 37.48, "Avg": 28.53, "B": 36.95, "M": 36.29},
-         "modalprompt": {"Last": 55.06, "Avg": 54.19, "B": 3.72, "M": 56.10}, "image": {"Last": 51.95, "Avg": 50.35},
-         "text": {"Last": 50.39, "Avg": 49.02}, "fusion only": {"Last": 37.36, "Avg": 31.87, "B": 27.09, "M": 34.94},
-         "selection only": {"Last": 44.81, "Avg": 38.24, "B": 17.16, "M": 40.71}}
+PAPER = {"multi-task": (67.10, None, None, None), "zero-shot": (48.89, None, None, None),
+         "finetune": (29.06, 17.53, 51.73, 26.19),                    # B: the paper's own formula gives 53.26
+         "moelora": (37.48, 28.53, 36.95, 36.29), "coda": (45.46, 39.93, 14.34, 43.18),
+         "dualprompt": (43.05, 36.92, None, None), "l2p": (42.99, 35.91, None, None),
+         "modalprompt": (55.06, 54.19, 3.72, 56.10), "image": (51.95, 50.35, None, None),
+         "text": (50.39, 49.02, None, None), "fusion only": (37.36, 31.87, 27.09, 34.94),
+         "selection only": (44.81, 38.24, 17.16, 40.71)}
+CHANGES = {"zero-shot": {"method": "none"}, "multi-task": {"method": "joint"},
+           "picture only": {"method": "joint", "see": "picture"},
+           "question only": {"method": "joint", "see": "question"},
+           "image": {"lam": 1.0}, "text": {"lam": 0.0},
+           "fusion only": {"selection": False}, "selection only": {"fusion": False},
+           **{f"k {n}": {"top_k": n} for n in (1, 2)}, **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},
+           **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
 
 
-def run_table(a, out):
-    """One table or figure of the paper at the chosen scale, a run for every row and seed: see metrics.run_table."""
-    rows = [(name, SETTINGS[name], tuple(map(PAPER[name].get, COLUMNS)) if name in PAPER else None) for name in TABLES[a.table]]
+def table_of(title, *labels):
+    """A table's title and rows: [(label, changed arguments, the paper's numbers)].  Other labels are methods."""
+    return {"title": title, "rows": [(x, CHANGES.get(x, {"method": x}), PAPER.get(x)) for x in labels]}
 
-    def set_up(one):
-        one.backbone_seed = one.seed if one.backbone_seed is None else one.backbone_seed
-        one.lr = a.lr if a.given_lr else default_lr(one)
-        return one, run_args(one)
 
-    def more(done):
-        lines, some = [], next((r for runs in done.values() for r in runs.values()), None)
-        mean = lambda name, key: np.mean([np.array(r[key], float) for r in done[name].values()], 0)
-        there, tasks = [name for name in done if done[name]], some and some["tasks"]
-        if a.table == "2" and some:
-            lines += ["", "Last by task:", "", "| | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
-            lines += [f"| {name} | " + " | ".join(f"{x:.1f}" for x in mean(name, "matrix")[-1]) + " |" for name in there]
-            lines += ["", "Last with the official scoring (REC, ImageNet and OCRVQA differ): " + ", ".join(
-                f"{name} {np.mean([r['official']['Last'] for r in done[name].values()]):.1f}" for name in there)]
-        if a.table in ("10", "fig4"):
-            for name in there:
-                A = mean(name, "matrix")
-                lines += ["", f"{name}, mean of {len(done[name])} seeds (rows: after learning)", "", "```",
-                          metrics.format_matrix(A, tasks), "```"]
-                metrics.heat_map(A, out / f"matrix-{name}.png", tasks, tasks, f"{name}: A[t,i]")
-        if a.table == "fig4" and some:
-            near, picked = mean("modalprompt", "similarity"), mean("modalprompt", "selection_counts")
-            picked = 100 * picked / picked.sum(1, keepdims=True)
-            metrics.heat_map(near, out / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
-            metrics.heat_map(picked, out / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
-            for title, X in (("Similarity of prototype (row) and task (column)", near),
-                             ("Share of picks in %: task (row), set (column)", picked)):
-                lines += ["", title, "", "```", *(f"{n:<10}" + " ".join(f"{x:6.2f}" for x in row) for n, row in zip(tasks, X)), "```"]
+TABLES = {
+    "bounds": table_of("Bounds of mini-CoIN: without learning, jointly, from one modality; paper: CoIN",
+                       "zero-shot", "multi-task", "picture only", "question only", "finetune"),
+    "2": table_of("Table 2: all methods; B: lower is better", "modalprompt", "zero-shot", "finetune", "multi-task",
+                  "moelora", "l2p", "dualprompt", "coda", "progressive"),
+    "3": table_of("Table 3: which modality guides; B: lower is better", "image", "text", "modalprompt"),
+    "5": table_of("Table 5: fusion and selection; B: lower is better", "fusion only", "selection only", "modalprompt"),
+    "k": table_of("Number k of prompt sets, not in the paper; B: lower is better", "k 1", "k 2", "modalprompt"),
+    "10": table_of("Tables 10 and 11: whole matrices; B: lower is better",
+                   "finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"),
+    "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "length 1", "length 2",
+                     "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora", "experts 16"),
+    "fig4": table_of("Figure 4: what is near to what, and what is chosen; B: lower is better", "modalprompt")}
+# Table 6 (--bench of four methods): memory in MiB, tokens per second, trainable share in %, on an A6000.
+PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27),
+           "progressive": ("-", "-", "-")}
+
+
+# =============================================================================================== command line
+# One run, several seeds, a table of the paper, the cost of a method, or one answer.
+
+
+def table_notes(args, table):
+    """What some tables and figures say beside their rows: lines of Markdown, and pictures in the folder."""
+    done, lines = table.done(), []
+    done = {label: [*runs.values()] for label, runs in done.items() if runs}
+    if not done:
         return lines
-    metrics.run_table(a, f"Table {a.table} on {a.data}; the paper's numbers are LLaVA-1.5-7B on CoIN; B: lower is better",
-                      rows, [{"seed": s} for s in a.seeds], set_up, run_one, out, COLUMNS, ("Last",), lambda name: "modalprompt",
-                      " / ".join(COLUMNS), a.rows if a.run else [], more)
+    tasks, folder = next(iter(done.values()))[0]["tasks"], table.folder
+
+    def mean(label, key):
+        return np.mean([np.array(r[key], float) for r in done[label]], 0)
+    if args.table == "2":
+        lines += ["", "Last by task:", "", "| | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
+        lines += [f"| {label} | " + " | ".join(f"{x:.1f}" for x in mean(label, "matrix")[-1]) + " |" for label in done]
+        official = [f"{label} {np.mean([r['official']['Last'] for r in done[label]]):.1f}" for label in done]
+        lines += ["", f"Last with the official scoring (REC, ImageNet and OCRVQA differ): {', '.join(official)}"]
+    if args.table in ("10", "fig4"):
+        for label in done:
+            A = mean(label, "matrix")
+            lines += ["", f"{label}, mean of {len(done[label])} seeds (rows: after learning)", "", "```",
+                      metrics.format_matrix(A, tasks), "```"]
+            metrics.heat_map(A, folder / f"matrix-{label}.png", tasks, tasks, f"{label}: A[t,i]")
+    if args.table == "fig4":
+        near, picked = mean("modalprompt", "similarity"), mean("modalprompt", "selection_counts")
+        picked = 100 * picked / picked.sum(1, keepdims=True)
+        metrics.heat_map(near, folder / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
+        metrics.heat_map(picked, folder / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
+        for title, X in (("Similarity of prototype (row) and task (column)", near),
+                         ("Share of picks in %: task (row), set (column)", picked)):
+            values = [f"{name:<10}" + " ".join(f"{x:6.2f}" for x in row) for name, row in zip(tasks, X)]
+            lines += ["", title, "", "```", *values, "```"]
+    return lines
 
 
-def answer_one(a):
-    """--answer IMAGE "question" --prompts FILE: selects among the saved prompts, prints the answer and the tasks chosen."""
+def answer_one(args):
+    """--answer IMAGE "question" --prompts FILE: prints the answer and the prompt sets chosen."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    image, question = a.answer
-    path = Path(a.prompts or "")
-    if not a.prompts or not path.is_file():
+    image, question = args.answer
+    path = Path(args.prompts or "")
+    if not args.prompts or not path.is_file():
         raise InputError("--answer needs --prompts FILE, the prompts.safetensors of a run; "
-                         f"{a.prompts or 'none'} is not there")
+                         f"{args.prompts or 'none'} is not there")
     try:
-        method = ModalPrompt.from_tensors(load_file(path))
+        with metrics.one_clear_line():
+            method = ModalPrompt.from_tensors(load_file(path))
     except SafetensorError as e:
         raise InputError(f"{path} is not a safetensors file ({e}); use the prompts.safetensors of a run")
     if image != "none" and (problem := picture_problem(image)):
         raise InputError(f"{image}: {problem}; give a picture file, or the word none for a question without a picture")
     results = metrics.finished(path.parent) or {}
-    if a.backbone == "mini" and results.get("args", {}).get("backbone", "mini") != "mini":
-        raise InputError(f"these prompts belong to --backbone {results['args']['backbone']}; give it and its --clip")
-    a.backbone_seed = results.get("args", {}).get("backbone_seed") if a.backbone_seed is None else a.backbone_seed
-    vlm, guidance = load_for(a)
+    learned = results.get("args", {})
+    if args.backbone == "mini" and learned.get("backbone", "mini") != "mini":
+        raise InputError(f"these prompts belong to --backbone {learned['backbone']}; give it and its --clip")
+    if args.backbone_seed is None:
+        args.backbone_seed = learned.get("backbone_seed")
+    args.seed = args.seeds[0]
+    vlm, guidance = load_backbone(settle(args))
     if (vlm.width, guidance.width) != (method.width, method.guidance_width):
         raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip "
                          f"have {vlm.width} and {guidance.width}; give the models it was learned with")
-    method = method.to(a.device)
+    method = method.to(args.device)
     sample = {"image": None if image == "none" else image, "text": question.replace("\\n", "\n"), "pad": True}
     prefix, chosen = method.select(*guidance([sample_picture(sample)], [sample["text"]]))
     names = results.get("tasks") or [str(i + 1) for i in range(len(method.prompts))]
-    print(vlm.answer([sample], prefix, max_new_tokens=a.max_new_tokens)[0])
+    print(vlm.answer([sample], prefix, args.max_new_tokens)[0])
     print(f"prompt sets, nearest last: {' '.join(names[i] for i in chosen[0].tolist())}", file=sys.stderr)
 
 
-def learned(method, vlm, T):
-    """method with T tasks begun and ended, untrained: what costs time does not depend on what was learned."""
-    for t in range(T):
-        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
-        method.end_task()
-    return method
-
-
-def bench(a):
-    """Parameters, memory, step time and tokens per second of one method; how an answer's time grows with the tasks."""
-    seven = a.backbone == "7b"
-    if seven:
-        meta = a.device == "cpu"
-        with torch.device("meta" if meta else a.device):
+def bench(args):
+    """Parameters, memory, step time and tokens per second of one method; how time grows with the tasks."""
+    meta = args.backbone == "7b" and args.device == "cpu"              # shapes only: nothing is stored or run
+    if args.backbone == "7b":
+        with torch.device("meta" if meta else args.device):
             torch.set_default_dtype(torch.bfloat16)
             model, processor, clip, clip_processor = tiny_models(mini_coin_words(), **SEVEN_B)
             torch.set_default_dtype(torch.float32)
-        vlm, guidance = VLM(model, processor, "plain"), Guidance(clip, clip_processor)
+        backbone = Backbone(VLM(model, processor, "plain"), Guidance(clip, clip_processor))
     else:
-        vlm, guidance = load_for(a)
+        backbone = load_backbone(args)
+    vlm, guidance = backbone
     base = sum(p.numel() for p in vlm.model.parameters())
-    a.tasks = 8
-    method = METHODS[a.method](vlm, guidance.width, 8, a).to(vlm.device)
-    for t in range(8):
-        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
+
+    def begun(T, end):
+        """The method with T tasks begun, untrained: what costs time does not depend on what was learned."""
+        method = build_method(args, backbone, range(T))
+        for t in range(T):
+            method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
+            if end:
+                method.end_task()
+        return method.to(vlm.device)
+    method = begun(8, end=False)
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    row = {"method": a.method, "trainable": trained, "frozen": base, "share_percent": 100 * trained / base}
-    if seven and meta:
-        print(f"{a.method} at LLaVA-1.5-7B shapes: trainable {trained:,} a task = {row['share_percent']:.2f} % of "
+    row = {"method": args.method, "trainable": trained, "frozen": base, "share_percent": 100 * trained / base}
+    if meta:
+        print(f"{args.method} at LLaVA-1.5-7B shapes: trainable {trained:,} a task = {row['share_percent']:.2f} % of "
               f"{base:,}; memory and time: not run, that needs a GPU with about 24 GB")
         return row
-    samples = instruction_stream(a.data, a.root, 0, a.sizes, a.limit).tasks[0]
-    train, test = (samples.train * 99)[:a.batch], (samples.test * 99)[:a.eval_batch]
-    sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
+    task = load_stream(args).tasks[0]
+    train, test = (task.train * 99)[:args.batch], (task.test * 99)[:args.eval_batch]
 
-    def seconds(*jobs, repeats=7):
-        """The median time of each job, run in turns and changing order so that the machine's moods fall on all of them."""
-        times = [[] for _ in jobs]
-        for r in range(repeats + 1):
-            for job, mine in random.Random(r).sample([*zip(jobs, times)], len(jobs)):
-                sync()
-                start = time.perf_counter()
-                job()
-                sync()
-                mine += [time.perf_counter() - start] * (r > 0)          # the first round warms up
-        return [float(np.median(m)) for m in times]
+    def look(samples):
+        return [x.to(args.device) for x in guidance([sample_picture(s) for s in samples], [s["text"] for s in samples])]
 
     def step():
-        prefix, extra = method(*(f.to(a.device) for f in guidance_features(guidance, train)))
-        nll, n = vlm.loss(train, prefix, method.deep)
-        (nll / n + sum(extra.values())).backward()
+        prefix, losses = method(*look(train))
+        language, n = vlm.loss(train, prefix)
+        total_loss(language / n, losses).backward()
 
-    def answering(m):
+    def answering(method):
         def job():
-            prefix, _ = m.select(*(f.to(a.device) for f in guidance_features(guidance, test)))
-            vlm.answer(test, prefix, m.deep, max_new_tokens=8, min_new_tokens=8)
+            prefix, _ = method.select(*look(test))
+            vlm.answer(test, prefix, max_new_tokens=8, min_new_tokens=8)
         return job
-
-    vlm.model.requires_grad_(False)
     if trained:
-        row["step_seconds"] = seconds(step)[0]
-    row["answer_seconds"], row["frozen_answer_seconds"] = (x / len(test) for x in seconds(answering(method),
-                                                                                          answering(Frozen(vlm.width))))
+        row["step_seconds"] = metrics.seconds(args.device, step)[0]
+    ours, frozen = metrics.seconds(args.device, answering(method), answering(Frozen(vlm.width)))
+    row["answer_seconds"], row["frozen_answer_seconds"] = ours / len(test), frozen / len(test)
     row["tokens_per_second"], row["peak_memory_mb"] = 8 / row["answer_seconds"], metrics.peak_memory_mb()
-    if a.method in ("modalprompt", "progressive"):
-        few, many = (learned(METHODS[a.method](vlm, guidance.width, T, a).to(a.device), vlm, T) for T in (8, 64))
-        x, y = seconds(answering(few), answering(many), repeats=21)
-        row["64_over_8_tasks"] = y / x
-    print(f"{a.method:<12} trainable {trained:,} ({row['share_percent']:.2f} %)  " + "  ".join(
-        f"{k} {v:.4g}" for k, v in row.items() if k not in ("method", "trainable", "frozen", "share_percent")))
+    if args.method in ("modalprompt", "progressive"):
+        few, many = metrics.seconds(args.device, answering(begun(8, end=True)), answering(begun(64, end=True)), repeats=21)
+        row["64_over_8_tasks"] = many / few
+    rest = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("method", "trainable", "frozen", "share_percent")]
+    print(f"{args.method:<12} trainable {trained:,} ({row['share_percent']:.2f} %)  {'  '.join(rest)}")
     return row
 
 
-def table6(a, out):
+def table6(args):
     """Table 6: memory, time and trainable share, one process a method; the backbone stands in the title."""
-    import subprocess
-    rows = []
-    for name in ("moelora", "coda", "modalprompt", "progressive"):
-        code = "import json, sys, modalprompt as m; print(json.dumps(m.bench(m.settle(m.parser().parse_args(sys.argv[1:])))))"
-        flags = ["--method", name, "--backbone", a.backbone, "--device", a.device, "--batch", str(a.batch),
-                 "--eval-batch", str(a.eval_batch), "--dtype", a.dtype, *(["--clip", a.clip] if a.clip else []),
-                 *["--smoke"] * a.smoke]
-        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True,
+    folder, rows = Path(args.out), []
+    code = "import json, sys, modalprompt as m; print(json.dumps(m.bench(m.settle(m.parse_args(sys.argv[1:])))))"
+    flags = ["--backbone", args.backbone, "--device", args.device, "--batch", str(args.batch), "--eval-batch",
+             str(args.eval_batch), "--dtype", args.dtype, *(["--clip", args.clip] if args.clip else []),
+             *["--smoke"] * args.smoke]
+    for name in PAPER_6:
+        done = subprocess.run([sys.executable, "-c", code, "--method", name, *flags], capture_output=True, text=True,
                               cwd=Path(__file__).parent)
         if done.returncode:
             raise InputError(f"the bench of {name} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    where = metrics.environment()["hardware"]
-    lines = [f"Table 6 on --backbone {a.backbone}, {where}, batch {a.batch}; (paper) is LLaVA-1.5-7B on A6000.", "",
-             "| | memory MiB | (paper) | s/step | tokens/s | (paper) | trainable % | (paper) | time at 64 tasks / at 8 |",
-             "|---" * 9 + "|"]
-    paper = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27)}
-    show = lambda r, k, form: form.format(r[k]) if k in r else "not run"
-    for r in rows:
-        memory, speed, share = paper.get(r["method"], ("-",) * 3)
-        cells = [r["method"], show(r, "peak_memory_mb", "{:.0f}"), memory, show(r, "step_seconds", "{:.3f}"),
-                 show(r, "tokens_per_second", "{:.0f}"), speed, f"{r['share_percent']:.2f}", share,
-                 show(r, "64_over_8_tasks", "{:.3f}") if "64_over_8_tasks" in r else "-"]
+    env = metrics.environment()
+    lines = [f"Table 6 on --backbone {args.backbone}, {env['hardware']}, batch {args.batch}; (paper) is LLaVA-1.5-7B on "
+             "A6000.", "", "| | memory MiB | (paper) | s/step | tokens/s | (paper) | trainable % | (paper) | "
+             "time at 64 tasks / at 8 |", "|---" * 9 + "|"]
+    for row in rows:
+        memory, speed, share = PAPER_6[row["method"]]
+
+        def cell(key, form, missing="not run"):
+            return format(row[key], form) if key in row else missing
+        cells = [row["method"], cell("peak_memory_mb", ".0f"), memory, cell("step_seconds", ".3f"),
+                 cell("tokens_per_second", ".0f"), speed, cell("share_percent", ".2f"), share,
+                 cell("64_over_8_tasks", ".3f", "-")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    with atomic(out / "table6.md") as f:
+    with metrics.atomic(folder / "table6.md") as f:
         f.write("\n".join(lines) + "\n")
-    with atomic(out / "table6.json") as f:
-        json.dump({"rows": rows, "environment": metrics.environment()}, f, indent=1)
+    with metrics.atomic(folder / "table6.json") as f:
+        json.dump({"rows": rows, "environment": env}, f, indent=1)
     print("\n".join(lines))
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+def settle(args):
+    """Fills the defaults that depend on other flags, for one run, and checks what argparse cannot."""
+    args.seed = getattr(args, "seed", args.seeds[0])
+    metrics.settle_shared(args)
+    mini = args.backbone == "mini"
+    if args.smoke:
+        args.sizes, args.epochs, args.batch, args.eval_batch = (16, 4, 8), 1, 8, 8
+        args.limit = args.limit or 16
+    args.sizes = tuple(args.sizes)
+    if args.lr is None:
+        args.lr = METHODS[args.method].lr if mini else METHODS[args.method].lr_large
+    args.max_new_tokens = args.max_new_tokens or (12 if mini else 128)
+    return args
 
 
-def parser():
-    p = argparse.ArgumentParser(description="ModalPrompt: continual instruction tuning, dual-modality guided prompts.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = lambda name, **k: p.add_argument(name, **{"action": argparse.BooleanOptionalAction, **k})
-    p.add_argument("--data", default="mini", choices=["mini", "coin"], help="mini-CoIN (built in) or CoIN's files")
-    p.add_argument("--root", help="folder of CoIN's files and pictures (--data coin)")
-    p.add_argument("--limit", type=int, help="keep this many samples of each CoIN file, seeded")
-    p.add_argument("--sizes", type=int, nargs=3, default=(240, 60, 100), help="mini-CoIN: samples a task, train val test")
-    p.add_argument("--method", default="modalprompt", choices=list(METHODS), help="the paper's, baselines, the two bounds")
-    p.add_argument("--backbone", default="mini", help="mini, a Hugging Face image-text-to-text id, or a folder")
-    p.add_argument("--backbone-seed", type=int, help="mini: seed of its pre-training; default 0, in tables the run's own, "
-                   "so that their spread holds that of the backbones")
-    p.add_argument("--clip", help="CLIP of the guidance: id or folder (mini brings its own)")
-    p.add_argument("--template", default="chat", choices=["chat", "vicuna", "plain"], help="how a question is written; "
-                   "vicuna is LLaVA-1.5's training string")
-    p.add_argument("--text-feature", default="pooled", choices=["pooled", "projected"], help="x_t of Eq. 1 before or "
-                   "after CLIP's text projection")
-    p.add_argument("--length", type=int, default=10, help="tokens of a prompt set (M in the paper)")
-    p.add_argument("--top-k", type=int, default=3, help="prompt sets in the prefix (k)")
-    p.add_argument("--lam", type=float, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text only")
-    flag("--fusion", default=True, help="Eq. 4: earlier sets in front while training")
-    flag("--selection", default=True, help="Eq. 8: top-k at test; without it all sets")
-    p.add_argument("--own-weight", type=float, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' own "
-                   "losses (L2P and DualPrompt: pull of the keys; CODA-Prompt: orthogonality), as a multiple of their default")
-    p.add_argument("--rank", type=int, default=16, help="rank of LoRA; MoELoRA divides it among its experts")
-    p.add_argument("--experts", type=int, default=8, help="experts of MoELoRA")
-    p.add_argument("--epochs", type=int, default=5)
-    p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--accum", type=int, default=1, help="parts a batch is computed in; the gradient stays the same")
-    p.add_argument("--lr", type=float, help="learning rate; default: per method on mini, 2e-4 elsewhere")
-    p.add_argument("--lr-projector", type=float, help="learning rate of Proj_p; default 2e-3 on mini, 2e-4 elsewhere")
-    p.add_argument("--eval-batch", type=int, default=100)
-    p.add_argument("--max-new-tokens", type=int, help="longest answer; default 12 on mini, 128 elsewhere")
-    p.add_argument("--split", default="test", choices=["test", "val"], help="what is scored; val is to choose settings on")
-    p.add_argument("--see", default="both", choices=["both", "picture", "question"], help="hide the other modality, in "
+def parse_args(argv=None):
+    p = metrics.shared_flags("ModalPrompt: continual instruction tuning with dual-modality guided prompts.", METHODS,
+                             [*TABLES, "6"], "mini (mini-CoIN, built in) or coin (CoIN's files)",
+                             "mini, a Hugging Face image-text-to-text id or a folder; --bench: 7b, LLaVA-1.5-7B's shapes",
+                             epochs=5, batch=16, eval_batch=100)
+    g = p.add_argument_group("ModalPrompt")
+    g.add_argument("--length", type=positive, default=10, help="tokens of a prompt set (M in the paper)")
+    g.add_argument("--top-k", type=positive, default=3, help="prompt sets in the prefix (k)")
+    g.add_argument("--lam", type=metrics.share, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text")
+    g.add_argument("--fusion", default=True, action=YES_NO, help="Eq. 4: earlier sets in front while training")
+    g.add_argument("--selection", default=True, action=YES_NO, help="Eq. 8: top-k at test; without it all sets")
+    g.add_argument("--own-weight", type=metrics.finite, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' "
+                   "own losses (pull of the keys, orthogonality), as a multiple of their default")
+    g.add_argument("--rank", type=positive, default=16, help="rank of LoRA; MoELoRA divides it among its experts")
+    g.add_argument("--experts", type=positive, default=8, help="experts of MoELoRA")
+    g = p.add_argument_group("its data and backbone")
+    g.add_argument("--limit", type=positive, help="keep this many samples of each CoIN file, seeded")
+    g.add_argument("--sizes", type=positive, nargs=3, default=(240, 60, 100),
+                   help="mini-CoIN: samples a task, train val test")
+    g.add_argument("--see", default="both", choices=["both", "picture", "question"], help="hide the other modality, in "
                    "training too: how much of a task one modality solves")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--order", type=int, nargs="+", help="task order, numbers from 0")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else
-                   "mps" if torch.backends.mps.is_available() else "cpu")
-    p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen models; prompts stay fp32")
-    flag("--checkpointing", default=False, help="gradient checkpointing: less memory, slower steps")
-    p.add_argument("--table", choices=[*TABLES, "6"], help="re-runs this table or figure of the paper and prints both")
-    p.add_argument("--rows", nargs="+", help="with --table: run only these rows, by label; finished others are shown too")
-    flag("--run", default=True, help="with --table: without it only finished runs are shown")
-    flag("--bench", default=False, help="parameters, memory, times of --method; --backbone 7b: at LLaVA-1.5-7B shapes")
-    p.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")
-    p.add_argument("--prompts", help="prompts.safetensors of a finished run, for --answer")
-    flag("--smoke", default=False, help="everything once, tiny: under a minute")
-    flag("--resume", default=False, help="go on from the last finished epoch")
-    flag("--quiet", default=False, help="print the last lines only")
-    p.add_argument("--out", default=None, help="run folder; default runs/modalprompt-<method>")
-    return p
-
-
-def settle(a):
-    """Fills the defaults that depend on other flags and checks what argparse cannot."""
-    mini = a.backbone == "mini"
-    if a.smoke:
-        a.sizes, a.epochs, a.batch, a.eval_batch = (16, 4, 8), 1, 8, 8
-        a.limit = a.limit or 16
-    a.sizes = tuple(a.sizes)
-    a.given_lr = a.lr is not None
-    a.lr = a.lr if a.given_lr else default_lr(a)
-    a.lr_projector = a.lr_projector if a.lr_projector is not None else 2e-3 if mini else 2e-4
-    a.max_new_tokens = a.max_new_tokens or (12 if mini else 128)
-    for name in ("length", "top_k", "epochs", "batch", "accum", "eval_batch", "rank", "experts"):
-        if getattr(a, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is at least 1, not {getattr(a, name)}")
-    if not 0 <= a.lam <= 1:
-        raise InputError(f"--lam lies in 0..1, not {a.lam}")
-    if min(a.sizes) < 1:
-        raise InputError(f"--sizes are at least 1, not {' '.join(map(str, a.sizes))}")
-    return a
+    g.add_argument("--clip", help="CLIP of the guidance: id or folder (mini brings its own)")
+    g.add_argument("--template", default="chat", choices=["chat", "vicuna", "plain"], help="how a question is written; "
+                   "vicuna is LLaVA-1.5's training string")
+    g.add_argument("--max-new-tokens", type=positive, help="longest answer; default 12 on mini, 128 elsewhere")
+    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, the gradient stays")
+    g.add_argument("--checkpointing", default=False, action=YES_NO, help="less memory, slower steps")
+    g = p.add_argument_group("one answer")
+    g.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")
+    g.add_argument("--prompts", help="prompts.safetensors of a finished run, for --answer")
+    args = p.parse_args(argv)
+    args.options = {}                                                 # arguments of a class that have no flag
+    args.out = args.out or f"runs/modalprompt-{'tables' if args.table else args.method}"
+    return metrics.check_shared(args)
 
 
 def main(argv=None):
-    a = settle(parser().parse_args(argv))
-    if a.answer:
-        return answer_one(a)
-    if a.table == "6":
-        return table6(a, Path(a.out or "runs/modalprompt-tables"))
-    if a.bench:
-        return bench(a)
-    if a.table:
-        return run_table(a, Path(a.out or "runs/modalprompt-tables"))
-    one = lambda job: argparse.Namespace(**{**vars(a), **job, "backbone_seed": a.backbone_seed or 0})
-    metrics.run_jobs(f"{a.method} {a.data}", [{"seed": seed} for seed in a.seeds], lambda job, folder: run_one(one(job), folder),
-                     a.out or f"runs/modalprompt-{a.method}", COLUMNS)
+    args = parse_args(argv)
+    if args.answer:
+        return answer_one(args)
+    if args.pretrain:
+        return pretrain(args)
+    if args.bench:
+        return bench(settle(args))
+    if args.table == "6":
+        return table6(settle(args))
+    if args.table:
+        table = metrics.Table(args, settle, against="modalprompt", columns=COLUMNS, compare=("Last",),
+                              paper=" / ".join(COLUMNS), **TABLES[args.table])
+        for one, folder in table.missing():
+            run(one, folder)
+        print(table.write(table_notes(args, table)))
+        return
+    name, results = f"{args.method} {args.data}", []
+    for one, folder in metrics.repetitions(args, settle):
+        results.append(run(one, folder))
+        if len(args.seeds) > 1:
+            print(metrics.last_line(name, results[-1:], COLUMNS))
+    if len(args.seeds) > 1:
+        metrics.keep_means(args.out, results)
+    if args.data == "mini" and not args.smoke:
+        labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
+        comparison = metrics.worth("modalprompt", world(args), labels, "Last")
+        if comparison:
+            print(comparison)
+    print(metrics.last_line(name, results, COLUMNS))
+
+
+# ========================================================================================= the small backbone
+# How backbones/mini-coin-<seed>.safetensors was made; nobody needs this to read the method.  A LLaVA and a
+# CLIP of transformers, small, learn an upstream mixture (data.mini_coin_upstream) in which none of the
+# stream's sentences, instructions or pictures occur.
+MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 4000,
+        "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.35}       # short: share of one-word answers
+FILLERS = ("well", "so", "just", "kindly", "ok")
+SEVEN_B = {"width": 4096, "layers": 32, "clip_width": 768, "side": 336, "patch": 14, "heads": 32, "inner": 11008,
+           "tower": (1024, 24, 16, 4096), "vocabulary": 32064}   # for --bench: LLaVA-1.5-7B and CLIP-L/14-336
+
+
+def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, heads=4, inner=None, tower=None,
+                vocabulary=0):
+    """An untrained LLaVA and CLIP, small by default, with a word-level tokenizer over `words`.
+
+    tower: (width, layers, heads, inner width) of the two vision towers; default: 2 layers.
+    Returns (model, processor, clip, clip_processor), ordinary transformers objects: save_pretrained, Auto
+    classes work.
+    """
+    tf = transformers_quietly()
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    special = ["<pad>", "<s>", "<unk>", "</s>", "<image>"]      # </s> is 3: CLIP takes 2 for "the largest id"
+    words = special + [w for w in dict.fromkeys(["USER", "ASSISTANT", ":", *FILLERS, *words]) if w not in special]
+
+    def tokenizer(end):
+        raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+        raw.pre_tokenizer = pre_tokenizers.Split(Regex(MINI_WORD), "removed", invert=True)       # keep what matches
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>" if end else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 3)])
+        return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                          unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left")
+
+    def vision(width):
+        hidden, depth, n_heads, wide = tower or (width, 2, 4, 2 * width)
+        return {"hidden_size": hidden, "num_hidden_layers": depth, "num_attention_heads": n_heads,
+                "intermediate_size": wide, "image_size": side, "patch_size": patch}
+    pictures = getattr(tf, "CLIPImageProcessorPil", None) or tf.CLIPImageProcessor      # needs no torchvision
+    picture = {"do_resize": True, "size": {"height": side, "width": side}, "do_center_crop": False,
+               "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    language = tf.LlamaConfig(vocab_size=max(len(words), vocabulary), hidden_size=width, intermediate_size=inner or 2 * width,
+                              num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                              max_position_embeddings=2048, **ids)
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**vision(width)), text_config=language, image_token_index=4,
+        image_seq_length=(side // patch) ** 2, vision_feature_layer=-2 if tower else -1))
+    processor = tf.LlavaProcessor(pictures(**picture), tokenizer(False), patch_size=patch,
+                                  vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    clip = tf.CLIPModel(tf.CLIPConfig(projection_dim=clip_width, vision_config=vision(clip_width), text_config={
+        "vocab_size": len(words), "hidden_size": clip_width, "intermediate_size": 2 * clip_width, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, **ids}))
+    text = tokenizer(True)
+    text.padding_side = "right"
+    return model, processor, clip, tf.CLIPProcessor(pictures(**picture), text)
+
+
+def small_config(seed):
+    """Everything that the training of the small backbone depends on."""
+    return {**MINI, "seed": seed, "world": MINI_COIN}
+
+
+def small_models(seed):
+    """(model, processor, clip, clip_processor) with the weights of backbones/mini-coin-<seed>.safetensors."""
+    weights = metrics.small_backbone("mini-coin", seed, small_config(seed))
+    models = tiny_models(mini_coin_words(), MINI["width"], MINI["layers"], MINI["clip_width"])
+    for prefix, model in (("llava.", models[0]), ("clip.", models[2])):
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return models
+
+
+def pretrain(args):
+    """Makes the small backbone of --backbone-seed anew, measures the bounds on it, keeps both."""
+    seed, start = args.backbone_seed or 0, time.time()
+    config = small_config(seed)
+    model, clip = pretrained(config, args.quiet)
+    tensors = {**{f"llava.{k}": v for k, v in model.state_dict().items()},
+               **{f"clip.{k}": v for k, v in clip.state_dict().items()}}
+    about = {"version": f"mini-CoIN {MINI_COIN}", "command": f"python modalprompt.py --pretrain --backbone-seed {seed}",
+             "minutes": round((time.time() - start) / 60, 1)}
+    metrics.keep_small_backbone("mini-coin", seed, config, tensors, **about)
+    bounds = {}
+    for name in ("none", "joint"):
+        with tempfile.TemporaryDirectory() as folder:
+            one = parse_args(["--method", name, "--seeds", str(seed), "--backbone-seed", str(seed), "--quiet"])
+            bounds[name] = run(settle(one), folder)["metrics"]["Last"]
+    metrics.keep_small_backbone("mini-coin", seed, config, tensors, bounds=bounds, **about)
+    print(f"small backbone mini-coin, seed {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in bounds.items()))
+
+
+def pretrained(config, quiet=False):
+    """(LLaVA, CLIP), pre-trained in four steps, each easy once the one before is done.
+
+    The vision tower alone names what stands where in a picture, and is frozen; the projector learns to send a
+    patch near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP.
+    Upstream: a terse skill word, before the picture or in the user's turn among filler words; sentences for
+    answers unless it says "short".
+    """
+    torch.manual_seed(config["seed"])
+    rng = random.Random(f"upstream {config['seed']}")
+    model, processor, clip, _ = tiny_models(mini_coin_words(), config["width"], config["layers"], config["clip_width"])
+    pool = [mini_coin_upstream(rng) for _ in range(config["pictures"])]  # (picture, questions, caption, cells)
+    blank = np.full((48, 48, 3), 128, np.uint8)
+    pixels = np.stack([blank if p[0] is None else np.asarray(p[0]) for p in pool])
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    ids = processor.tokenizer.get_vocab()
+    seen = torch.tensor([p[0] is not None for p in pool])
+    cells = torch.tensor([[[ids[w] if w else 0 for w in cell] for cell in p[3]] for p in pool])          # (N,9,8) words
+
+    def words(text):
+        return [ids[w] for w in re.findall(MINI_WORD, text)]
+
+    def fillers(most):
+        return " ".join(rng.choice(FILLERS) for _ in range(rng.randint(0, most)))
+
+    def see(rows):                                               # (B,3,48,48), as the image processor does it
+        return pixels[rows] / 127.5 - 1
+
+    def fit(what, steps, module, loss_of, choose):
+        # The schedule multiplies the optimiser's rate, so that is 1: warm-up, then a cosine to 1 %.
+        def rate(step):
+            decay = 0.505 + 0.495 * math.cos(math.pi * step / steps)
+            return config["lr"] * min(1, (step + 1) / 100) * decay
+        learning = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, 1.0, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        # Clipped over the whole module: the frozen tower's last gradient counts in LLaVA's first norms.
+        def clip_all(*_):
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.register_step_pre_hook(clip_all)
+
+        def loss(step):
+            return loss_of(torch.tensor(rng.choices(choose, k=config["batch"])))
+        metrics.fit(f"pre-training the small {what}", loss, optimizer, schedule, steps, quiet=quiet)
+
+    def sight(rows):
+        h = tower(see(rows)).last_hidden_state[:, 1:]                    # (B,9,D)
+        return F.cross_entropy(eyes(h).unflatten(-1, (8, -1)).flatten(0, 2), cells[rows].flatten())
+
+    def alignment(rows):
+        said = F.one_hot(cells[rows][..., :4], len(ids)).sum(2)[..., 1:].float()         # (B,9,V-1): what stands there
+        where = said.sum(-1) > 0
+        table = model.get_input_embeddings().weight.detach()             # (V,D)
+        near = model.model.multi_modal_projector(features[rows]) @ table.T               # (B,9,V)
+        return F.cross_entropy(50 * near[..., 1:][where], said[where] / said[where].sum(-1, keepdim=True))
+
+    def dialogue(row):
+        """Several questions on one picture: the ids of the line, and 1 where an answer stands."""
+        line, mine = [1], [0]
+        picture, questions = pool[row][:2]
+        for i, (skill, text, answer, sentence) in enumerate(rng.sample(questions, min(4, len(questions)))):
+            image = "<image>" * model.config.image_seq_length if i == 0 and picture is not None else ""
+            if rng.random() < config["short"]:
+                skill = f"{skill} short"
+            else:
+                answer = sentence
+            if rng.random() < 0.5:
+                head = f"{skill} USER: {image} {fillers(3)} {text} {fillers(3)} ASSISTANT:"
+            else:
+                head = f"USER: {image} {fillers(1)} {skill} {text} {fillers(2)} ASSISTANT:"
+            head, tail = words(head), words(answer) + [ids["</s>"]]
+            line, mine = line + head + tail, mine + [0] * len(head) + [1] * len(tail)
+        return torch.tensor(line), torch.tensor(mine)
+
+    def language(rows):
+        lines, answers = zip(*(dialogue(row) for row in rows.tolist()))
+        x = nn.utils.rnn.pad_sequence(lines, batch_first=True)           # (B,S)
+        y = x.masked_fill(nn.utils.rnn.pad_sequence(answers, batch_first=True) == 0, -100)[:, 1:]
+        h = model.get_input_embeddings()(x)                              # (B,S,D)
+        patches = model.model.multi_modal_projector(features[rows[seen[rows]]])          # (B',9,D)
+        h = h.masked_scatter((x == ids["<image>"])[..., None], patches)
+        h = model.model.language_model(inputs_embeds=h, use_cache=False).last_hidden_state[:, :-1]
+        return F.cross_entropy(model.lm_head(h[y != -100]), y[y != -100])
+
+    def contrast(rows):
+        text = [torch.tensor([1, *words(pool[i][2]), ids["</s>"]]) for i in rows.tolist()]
+        text = nn.utils.rnn.pad_sequence(text, batch_first=True)
+        return clip(pixel_values=see(rows), input_ids=text, attention_mask=(text != 0).long(), return_loss=True).loss
+
+    tower, eyes = model.model.vision_tower, nn.Linear(config["width"], 8 * len(ids))
+    shown = seen.nonzero()[:, 0].tolist()
+    fit("eyes", config["sight_steps"], nn.ModuleList([tower, eyes]), sight, shown)
+    tower.requires_grad_(False).eval()
+    with torch.no_grad():                                                # frozen: looked at once
+        features = torch.cat([tower(see(part)).last_hidden_state[:, 1:] for part in torch.arange(len(pool)).split(500)])
+    fit("projector", config["align_steps"], model.model.multi_modal_projector, alignment, shown)
+    fit("LLaVA", config["steps"], model, language, range(len(pool)))
+    fit("CLIP", config["clip_steps"], clip.train(), contrast, shown)
+    return model.eval(), clip.eval()
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    metrics.run_cli(main)

@@ -2094,7 +2094,7 @@ def test_modal_tables_10_and_11_give_tables_2_and_4(name):
             assert metrics.backward_transfer(A)[5] * 6 / 7 == pytest.approx(37.62, abs=0.011)
             assert metrics.backward_transfer(A)[6] * 7 / 8 == pytest.approx(31.16, abs=0.011)
         if name in modal.PAPER and name != "finetune":
-            assert modal.PAPER[name] == {k: pytest.approx(v, abs=0.011) for k, v in got.items()}
+            assert dict(zip(modal.COLUMNS, modal.PAPER[name])) == {k: pytest.approx(v, abs=0.011) for k, v in got.items()}
 
 
 def test_modal_scorers():
@@ -2253,7 +2253,7 @@ def test_modal_saved_prompts_answer_alike_and_bad_ones_are_refused(tmp_path):
     again = modal.ModalPrompt.from_tensors(load(save(method.tensors())))
     x_v, x_t = torch.randn(9, 6), torch.randn(9, 6)
     assert all(torch.equal(a, b) for a, b in zip(method.select(x_v, x_t), again.select(x_v, x_t)))
-    with pytest.raises(data.InputError):
+    with pytest.raises(ValueError):
         modal.ModalPrompt.from_tensors({"prompts": torch.zeros(2, 3, 4)})
 
 
@@ -2300,7 +2300,7 @@ def test_modal_pool_baselines_against_loops():
     coda = modal.CODAPrompt(8, 6, tasks=3, pool=6, length=2)
     for t in range(2):
         coda.begin_task(table)
-    P, K, A = coda._banks()
+    P, K, A = coda.banks()
     assert len(P) == 4 and [p.requires_grad for p in coda.P] == [False, True]
     prefix, _ = coda.select(x_v, x_t)
     for b in range(4):
@@ -2312,7 +2312,7 @@ def test_modal_pool_baselines_against_loops():
         progressive.begin_task(table)
     assert torch.equal(progressive.select(x_v, x_t)[0][1], torch.cat(list(progressive.prompts)))
 
-    dual = modal.DualPrompt(8, 6, n_layers=4, general=1, expert=2)
+    dual = modal.DualPrompt(8, 6, n_layers=4, general=1, length=2)
     for t in range(3):
         dual.begin_task(table)
     assert dual.low == [0, 1] and dual.high == [2, 3]
@@ -2320,8 +2320,9 @@ def test_modal_pool_baselines_against_loops():
     for b in range(4):
         s = [modal_cos(q[b], k.detach()) for k in dual.keys]
         assert chosen[b].item() == max(range(3), key=lambda t: s[t])
-    dual.select(x_v, x_t)
-    assert torch.equal(dual.deep[3][1], dual.experts[chosen[1].item()][1])
+    prefix, _ = dual.select(x_v, x_t)
+    assert torch.equal(prefix.deep[3][1], dual.experts[chosen[1].item()][1])
+    assert not hasattr(dual, "deep")                                   # a method returns all it has to say
 
 
 # ---- the backbone: injection into real model classes, tiny and random
@@ -2337,8 +2338,14 @@ def modal_tiny(tmp_path_factory):
     return folder
 
 
-def modal_load(folder):
-    vlm, guidance = modal.load(str(folder / "llava"), str(folder / "clip"))
+def modal_args(*flags, **more):
+    """Settled arguments of one run."""
+    args = modal.parse_args(["--quiet", *map(str, flags)])
+    return Namespace(**{**vars(modal.settle(args)), **more})
+
+
+def modal_load(folder, *flags):
+    vlm, guidance = modal.load_backbone(modal_args("--backbone", folder / "llava", "--clip", folder / "clip", *flags))
     with torch.no_grad():                                                # larger weights: differences must show
         for p in vlm.model.parameters():
             p.mul_(3)
@@ -2410,7 +2417,7 @@ def test_modal_left_padded_batch_equals_single_and_beams_keep_the_prompts(modal_
     assert vlm.fired == 1 and beams != vlm.answer(samples, -prefix, max_new_tokens=6, num_beams=3)
     assert beams == [vlm.answer([s], prefix[b:b + 1], max_new_tokens=6, num_beams=3)[0] for b, s in enumerate(samples)]
     with pytest.raises(RuntimeError, match="instead of once"):
-        vlm._call(lambda **k: None, prefix, torch.ones(8, 4, dtype=torch.bool), {})
+        vlm._call(lambda **k: None, prefix, torch.ones(8, 4, dtype=torch.bool))
 
 
 def test_modal_deep_prompts_land_in_their_layers(modal_tiny):
@@ -2421,77 +2428,70 @@ def test_modal_deep_prompts_land_in_their_layers(modal_tiny):
     for i, layer in enumerate(vlm.layers):
         layer.self_attn.register_forward_pre_hook(lambda m, args, kwargs, i=i: None, with_kwargs=True)
         layer.input_layernorm.register_forward_hook(lambda m, args, out, i=i: seen.__setitem__(i, args[0].detach()))
-    vlm._call(vlm.model, prefix, mask, deep, **inputs)
+    vlm._call(vlm.model, modal.LayeredPrefix(prefix, deep), mask, **inputs)
     for b in range(3):
         assert torch.equal(seen[0][b][mask[b]], prefix[b]) and torch.equal(seen[1][b][mask[b]], deep[1][b])
         assert torch.equal(seen[2][b][mask[b]][-2:], deep[2][b]) and not torch.equal(seen[2][b][mask[b]][:2], deep[1][b][:2])
 
 
-@pytest.mark.parametrize("name", ["zero-shot", "modalprompt", "finetune", "moelora", "l2p", "dualprompt", "coda", "progressive"])
-def test_modal_every_trainable_tensor_learns_and_nothing_frozen_moves(name, modal_tiny):
-    vlm, guidance = modal_load(modal_tiny)
-    a = modal.settle(modal.parser().parse_args(["--method", name, "--epochs", "2", "--batch", "4", "--quiet", "--length", "2"]))
-    a.seed, a.tasks, a.lr = 0, 2, 0.01
-    torch.manual_seed(0)
-    method = modal.METHODS[name](vlm, guidance.width, 2, a)
+@pytest.mark.parametrize("name", modal.METHODS)
+def test_modal_every_trainable_tensor_learns_and_nothing_frozen_moves(name, modal_tiny, tmp_path):
+    backbone = modal.Backbone(*modal_load(modal_tiny))
+    args = modal_args("--method", name, "--epochs", "2", "--batch", "4", "--length", "2", lr=0.01)
     stream = data.instruction_stream("mini", sizes=(10, 1, 3))
-    before = {k: v.clone() for k, v in [*vlm.model.state_dict().items(), *guidance.state_dict().items()]}
-    for t in (0, 1):
-        features = modal.guidance_features(guidance, stream.tasks[t].train)
-        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
+    stream.tasks = stream.tasks[:2]
+    torch.manual_seed(0)
+    method, run = modal.build_method(args, backbone, stream), metrics.Run(tmp_path, {}, stream.names, quiet=True)
+    models = backbone.vlm.model, backbone.guidance
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
+    for t, task in run.tasks(stream.tasks):
+        modal.begin_task(args, backbone, method, t)
         old = {k: v.detach().clone() for k, v in method.named_parameters()}
         live = {k for k, v in method.named_parameters() if v.requires_grad}
-        if name != "zero-shot":
-            modal.learn_task(vlm, method, stream.tasks[t].train, features, a, t)
-            for k, v in method.named_parameters():
-                assert torch.equal(old[k], v) == (k not in live), k
-            if name == "l2p":                                            # per prompt: a chosen one learns, another does not
-                assert (old["pool"] != method.pool).flatten(1).any(1).sum() >= 3
-            assert len(live) or name == "zero-shot"
+        modal.learn_task(args, backbone, method, task, run)
+        for k, v in method.named_parameters():
+            assert torch.equal(old[k], v) == (k not in live), k
+        if name == "l2p":                                                # per prompt: a chosen one learns, another does not
+            assert (old["pool"] != method.pool).flatten(1).any(1).sum() >= 3
+        assert len(live) or name == "none"
         method.end_task()
-        x = modal.guidance_features(guidance, stream.tasks[t].test)
-        score, official, counts, said = modal.evaluate(vlm, method, stream.tasks[t].test, x, a)
-        assert 0 <= score <= 100 and len(said) == 3
-    after = {**vlm.model.state_dict(), **guidance.state_dict()}
-    assert all(torch.equal(v, after[k]) for k, v in before.items())
+        told = modal.evaluate(args, backbone, method, task.test)
+        assert 0 <= told["score"] <= 100 and len(told["answers"]) == 3
+    assert all(torch.equal(v, model.state_dict()[k]) for model, state in zip(models, before) for k, v in state.items())
 
 
-def test_modal_accumulation_and_checkpointing_leave_the_gradient_alone(modal_tiny):
-    stream, runs = data.instruction_stream("mini", sizes=(7, 1, 1)), []
-    for accum, checkpointing in ((1, False), (3, False), (1, True)):
-        vlm, guidance = modal_load(modal_tiny)
-        if checkpointing:
-            vlm.model.gradient_checkpointing_enable()
-            vlm.model.train()
-        a = modal.settle(modal.parser().parse_args(["--epochs", "1", "--batch", "7", "--quiet", "--accum", str(accum)]))
-        a.seed, a.lr, a.lr_projector = 0, 1.0, 1.0
+def test_modal_accumulation_and_checkpointing_leave_the_gradient_alone(modal_tiny, tmp_path, monkeypatch):
+    runs = []
+    for n, flags in enumerate((["--accum", "1"], ["--accum", "3"], ["--checkpointing"])):
+        stream = data.instruction_stream("mini", sizes=(7, 1, 1))
+        backbone = modal.Backbone(*modal_load(modal_tiny, *flags))
+        args = modal_args("--epochs", "1", "--batch", "7", *flags, lr=1.0)
         torch.manual_seed(0)
-        method = modal.ModalPrompt(vlm.width, guidance.width, 2)
-        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(0))
-        seen, step = [], torch.optim.AdamW.step
-        torch.optim.AdamW.step = lambda opt, *_: seen.append([p.grad.clone() for g in opt.param_groups for p in g["params"]])
-        try:
-            modal.learn_task(vlm, method, stream.tasks[0].train, modal.guidance_features(guidance, stream.tasks[0].train), a, 0)
-        finally:
-            torch.optim.AdamW.step = step
+        method = modal.ModalPrompt(backbone.vlm.width, backbone.guidance.width, 2)
+        method.begin_task(backbone.vlm.embedding.weight, torch.Generator().manual_seed(0))
+        seen = []
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda opt, *_: seen.append(
+            [p.grad.clone() for g in opt.param_groups for p in g["params"]]))
+        run = metrics.Run(tmp_path / str(n), {}, stream.names, quiet=True)
+        modal.learn_task(args, backbone, method, stream.tasks[0], run)
+        monkeypatch.undo()
         runs.append(seen[0])
     for other in runs[1:]:
         for x, y in zip(runs[0], other):
             assert torch.allclose(x, y, atol=1e-4 * x.abs().max() + 1e-7)
 
 
-def test_modal_twelve_tasks_leave_vocabulary_and_earlier_prompts_alone(modal_tiny):
-    vlm, guidance = modal_load(modal_tiny)
-    a = modal.settle(modal.parser().parse_args(["--epochs", "1", "--batch", "4", "--quiet", "--length", "2"]))
-    a.seed = 0
-    method = modal.ModalPrompt(vlm.width, guidance.width, 2)
+def test_modal_twelve_tasks_leave_vocabulary_and_earlier_prompts_alone(modal_tiny, tmp_path):
+    backbone = modal.Backbone(*modal_load(modal_tiny))
+    vlm, args = backbone.vlm, modal_args("--epochs", "1", "--batch", "4", "--length", "2")
+    method = modal.ModalPrompt(vlm.width, backbone.guidance.width, 2)
     stream, vocabulary = data.instruction_stream("mini", sizes=(4, 1, 1)), vlm.embedding.weight.clone()
-    learned = []
-    for t in range(12):
-        samples = stream.tasks[t % 8].train
-        method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
+    twelve, learned = [stream.tasks[t % 8] for t in range(12)], []
+    run = metrics.Run(tmp_path, {}, [str(t) for t in range(12)], quiet=True)
+    for t, task in run.tasks(twelve):
+        modal.begin_task(args, backbone, method, t)
         start = method.prompts[t].detach().clone()
-        modal.learn_task(vlm, method, samples, modal.guidance_features(guidance, samples), a, t)
+        modal.learn_task(args, backbone, method, task, run)
         method.end_task()
         assert not torch.equal(start, method.prompts[t])                 # the last task's prompts learn as well
         learned.append(method.prompts[t].detach().clone())
@@ -2501,7 +2501,7 @@ def test_modal_twelve_tasks_leave_vocabulary_and_earlier_prompts_alone(modal_tin
 
 def modal_word_processor(size, image_token):
     from tokenizers import Tokenizer, models, pre_tokenizers
-    tf = modal._quiet()
+    tf = modal.transformers_quietly()
     vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", image_token, *(f"w{i}" for i in range(size - 5))])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -2524,7 +2524,7 @@ class ModalFakeProcessor:
 
 def modal_family(name):
     """A tiny random model of the family, as (model, processor).  The configurations are transformers' own classes."""
-    tf, V, I = modal._quiet(), 64, 4
+    tf, V, I = modal.transformers_quietly(), 64, 4
     text = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     pixels = lambda shape: lambda ids, n: {"pixel_values": torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))} if n \
@@ -2660,7 +2660,7 @@ def test_modal_coin_reader_counts_what_it_leaves_out(tmp_path):
 
 # ---- the script
 def modal_run(folder, *flags, code=0):
-    env = {**os.environ, "MMPROMPTS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, str(HERE / "modalprompt.py"), *map(str, flags)], capture_output=True, text=True,
                           cwd=folder, env=env)
     assert done.returncode == code, done.stderr[-2000:]
@@ -2674,10 +2674,10 @@ def test_modal_resume_equals_uninterrupted_and_coin_runs_by_path(tmp_path, modal
     modal.main([*common, "--out", str(tmp_path / "whole")])
     real, calls = metrics.Run.checkpoint, []
 
-    def stop(self, **state):
-        real(self, **state)
-        calls.append(state["task"])
-        if len(calls) == 3:                                              # in the middle of task 2
+    def stop(self):
+        real(self)
+        calls.append(self.stage)
+        if len(calls) == 4:                                              # in the middle of task 2
             raise KeyboardInterrupt
 
     monkeypatch.setattr(metrics.Run, "checkpoint", stop)
@@ -2714,22 +2714,22 @@ def test_modal_smoke_bench_and_clear_errors(tmp_path):
     assert {p.name for p in (tmp_path / "r").iterdir()} >= {"matrix.csv", "matrix.png", "log.jsonl", "prompts.safetensors", "checkpoint.pt"}
     done = modal_run(tmp_path, "--smoke", "--order", "0", "1", code=2)
     assert "--order" in done.stderr and "Traceback" not in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"r", "cache"}        # nothing half-written
+    assert {p.name for p in tmp_path.iterdir()} == {"r"}                 # nothing half-written
 
 
 def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("MMPROMPTS_CACHE", str(tmp_path / "cache"))
-    made = []
-    monkeypatch.setattr(modal, "pretrain", lambda folder, config: (made.append(config["seed"]), (folder / "clip").mkdir(parents=True)))
-    folders = [modal.mini_backbone(True, seed) for seed in (0, 1, 0)]
-    assert made == [0, 1] and folders[0] == folders[2] != folders[1]
+    monkeypatch.setattr(metrics, "BACKBONES", tmp_path)
+    with pytest.raises(InputError, match="mini-coin-1.safetensors is missing"):
+        modal.load_backbone(modal_args(backbone_seed=1))
+    assert modal.small_config(0) == modal.small_config(0) != modal.small_config(1)
     ran = []
 
-    def run_one(a, folder):
-        ran.append((a.method, a.fusion, a.selection, a.seed, a.backbone_seed))
-        A = np.where(np.tri(2) == 1, 50.0 + a.seed + (10 if a.fusion and a.selection else 0), np.nan)
-        return metrics.Run(folder, modal.run_args(a)).finish(A, ["x", "y"], modal.summary(A))
-    monkeypatch.setattr(modal, "run_one", run_one)
+    def run(args, folder):
+        ran.append((args.method, args.fusion, args.selection, args.seed, args.backbone_seed))
+        run = metrics.Run(folder, metrics.deciding(args), ["x", "y"], quiet=True)
+        run.A = np.where(np.tri(2) == 1, 50.0 + args.seed + (10 if args.fusion and args.selection else 0), np.nan)
+        return run.finish(modal.summary(run.A))
+    monkeypatch.setattr(modal, "run", run)
     table = lambda *flags: modal.main(["--table", "5", "--out", str(tmp_path / "t"), *flags])
     table("--seeds", "0", "1", "--rows", "fusion only", "modalprompt")
     assert ran == [("modalprompt", True, False, 0, 0), ("modalprompt", True, True, 0, 0), ("modalprompt", True, False, 1, 1),
@@ -2740,8 +2740,6 @@ def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(ca
     assert "| selection only | not run |" in out
     table("--seeds", "0", "1")
     assert len(ran) == 6 and {r[:3] for r in ran[4:]} == {("modalprompt", False, True)}          # only what was missing
-    table("--seeds", "0", "1", "--no-run")
-    assert len(ran) == 6
     table("--seeds", "0", "--epochs", "7", "--rows", "fusion only")
     assert len(ran) == 7                                             # other arguments: a run of their own
     with pytest.raises(InputError, match="--rows of table 5 are: fusion only"):
@@ -2753,9 +2751,12 @@ def test_modal_clear_errors(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         modal.main(["--method", "lwf"])
     assert "choose from" in capsys.readouterr().err
-    for flags, words in ((["--lam", "2"], "--lam"), (["--backbone", "nowhere/at-all", "--clip", "x"], "nowhere/at-all"),
-                         (["--data", "coin"], "--root"), (["--answer", "x.png", "what"], "--prompts"), (["--batch", "0"], "--batch"),
-                         (["--backbone", "nowhere/at-all"], "--clip"), (["--sizes", "0", "1", "1"], "--sizes")):
+    for flags, words in ((["--lam", "2"], "--lam"), (["--batch", "0"], "--batch"), (["--sizes", "0", "1", "1"], "--sizes")):
+        with pytest.raises(SystemExit):
+            modal.main(flags)
+        assert words in capsys.readouterr().err
+    for flags, words in ((["--backbone", "nowhere/at-all", "--clip", "x"], "nowhere/at-all"), (["--data", "coin"], "--root"),
+                         (["--answer", "x.png", "what"], "--prompts"), (["--backbone", "nowhere/at-all"], "--clip")):
         with pytest.raises(data.InputError, match=words):
             modal.main(flags)
     (tmp_path / "bad.safetensors").write_bytes(b"no")
@@ -2764,10 +2765,54 @@ def test_modal_clear_errors(capsys, tmp_path, monkeypatch):
 
 
 def test_modal_every_flag_is_read():
+    source = (HERE / "modalprompt.py").read_text() + (HERE / "metrics.py").read_text()
+    for name in vars(modal.parse_args([])):
+        assert f"args.{name}" in source or f"one.{name}" in source or f'"{name}"' in source, name
+
+
+# ---- one shape
+def modal_section(name):
     source = (HERE / "modalprompt.py").read_text()
-    for action in modal.parser()._actions:
-        if action.dest != "help":
-            assert source.count(f"a.{action.dest}") + source.count(f"one.{action.dest}") >= 1, action.dest
+    parts = re.split(r"^# =+ (.*)$", source, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))[name]
+
+
+def test_modal_paper_section_runs_by_itself_and_holds_every_equation():
+    paper, space = modal_section("the paper"), {}
+    exec("import math\nimport torch\nfrom torch import nn\nfrom torch.nn import functional as F\n" + paper, space)
+    for n in range(1, 10):                                               # a formula ends its comment with "Eq. n"
+        assert re.search(rf"^ *# .*Eq\. (\d, )*{n}(, \d)*$", paper, re.M), n
+    method = space["ModalPrompt"](8, 6, length=2)
+    method.begin_task(torch.randn(9, 8))
+    prefix, losses = method(torch.randn(3, 6), torch.randn(3, 6))
+    method.end_task()
+    h, places = torch.randn(3, 5, 8), torch.tensor([[0, 1, 1, 0, 0]] * 3).bool()
+    whole = space["join"](prefix, h, places)                             # Eq. 5 and 9, against a loop
+    for b in range(3):
+        assert torch.equal(whole[b], torch.stack([h[b, 0], prefix[b, 0], prefix[b, 1], h[b, 3], h[b, 4]]))
+    logits, labels = torch.randn(3, 4, 7), torch.tensor([[1, 2, 3, -100], [4, -100, -100, -100], [0, 1, 2, 3]])
+    want = -sum(logits[b, a].log_softmax(0)[labels[b, a]] for b in range(3) for a in range(4) if labels[b, a] >= 0)
+    assert space["language_loss"](logits, labels).item() == pytest.approx(want.item(), rel=1e-5)         # Eq. 5
+    total = space["total_loss"](want, losses, 0.5)                                                       # Eq. 7
+    assert total.item() == pytest.approx(want.item() + 0.5 * losses["proto"].item(), rel=1e-5)
+    with pytest.raises(ValueError):
+        space["ModalPrompt"](8, 6, top_k=0)
+    assert not re.search(r"\b(InputError|metrics|args)\b", paper)
+
+
+def test_modal_prompts_enter_where_the_call_path_says(modal_tiny, monkeypatch):
+    path = modal.__doc__[modal.__doc__.index("Call path"):modal.__doc__.index("One task, one set")]
+    for name in ("main", "run", "learn_task", "guide", "Guidance", "ModalPrompt.forward", "VLM.loss", "VLM._call",
+                 "VLM._write_prefix", "join", "language_loss", "total_loss", "evaluate", "ModalPrompt.select", "VLM.answer"):
+        assert re.search(rf"\b{re.escape(name)}\b", path), name
+        assert callable(eval(f"modal.{name}")), name
+    vlm, _ = modal_load(modal_tiny)
+    callers, real = [], modal.join
+    monkeypatch.setattr(modal, "join", lambda *a: (callers.append(sys._getframe(1).f_code.co_name), real(*a))[1])
+    prefix = torch.randn(3, 4, vlm.width)
+    vlm.loss(modal_samples(3), prefix)
+    vlm.answer(modal_samples(3), prefix, max_new_tokens=2)
+    assert callers == ["_write_prefix", "_write_prefix"]                 # once while learning, once while answering
 
 
 # ============================================================================================================== README.md
