@@ -33,7 +33,6 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -1239,8 +1238,8 @@ def main(argv=None):
 # How backbones/mini-coin-<seed>.safetensors was made; nobody needs this to read the method.  A LLaVA and a
 # CLIP of transformers, small, learn an upstream mixture (data.mini_coin_upstream) in which none of the
 # stream's sentences, instructions or pictures occur.
-MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 4000,
-        "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.35}       # short: share of one-word answers
+MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 2500,
+        "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.1}       # short: share of one-word answers
 FILLERS = ("well", "so", "just", "kindly", "ok")
 SEVEN_B = {"width": 4096, "layers": 32, "clip_width": 768, "side": 336, "patch": 14, "heads": 32, "inner": 11008,
            "tower": (1024, 24, 16, 4096), "vocabulary": 32064}   # for --bench: LLaVA-1.5-7B and CLIP-L/14-336
@@ -1307,21 +1306,14 @@ def small_models(seed):
 
 def pretrain(args):
     """Makes the small backbone of --backbone-seed anew, measures the bounds on it, keeps both."""
-    seed, start = args.backbone_seed or 0, time.time()
-    config = small_config(seed)
+    args, start = settle(metrics.with_seed(args)), time.time()
+    metrics.prepare(args, True)
+    config = small_config(args.backbone_seed)
     model, clip = pretrained(config, args.quiet)
     tensors = {**{f"llava.{k}": v for k, v in model.state_dict().items()},
                **{f"clip.{k}": v for k, v in clip.state_dict().items()}}
-    about = {"version": f"mini-CoIN {MINI_COIN}", "command": f"python modalprompt.py --pretrain --backbone-seed {seed}",
-             "minutes": round((time.time() - start) / 60, 1)}
-    metrics.keep_small_backbone("mini-coin", seed, config, tensors, **about)
-    bounds = {}
-    for name in ("none", "joint"):
-        with tempfile.TemporaryDirectory() as folder:
-            one = parse_args(["--method", name, "--seeds", str(seed), "--backbone-seed", str(seed), "--quiet"])
-            bounds[name] = run(settle(one), folder)["metrics"]["Last"]
-    metrics.keep_small_backbone("mini-coin", seed, config, tensors, bounds=bounds, **about)
-    print(f"small backbone mini-coin, seed {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in bounds.items()))
+    metrics.keep_with_bounds("mini-coin", config, tensors, start, f"mini-CoIN {MINI_COIN}", "python modalprompt.py", args,
+                             settle, run, ("Last",))
 
 
 def pretrained(config, quiet=False):
