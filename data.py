@@ -669,6 +669,52 @@ def _jsonl(setting, path, root, seed):
     return stream
 
 
+def region_files(folder):
+    """Region features made elsewhere, for any script: load(image) -> features (n,f), boxes (n,4) in [0,1], float32 arrays.
+
+    FOLDER/<picture name>.npz (features (n,f), boxes (n,4) in [0,1]) or .npy (features), or one VL-T5 .h5 file
+    (<name>/features, boxes in pixels, img_w, img_h; needs h5py).  Raises InputError for what is missing or broken.
+    """
+    folder = Path(folder)
+    h5 = None
+    if folder.suffix in (".h5", ".hdf5"):
+        try:
+            import h5py
+        except ImportError:
+            raise InputError(f"{folder} is an HDF5 file, which needs h5py: pip install h5py")
+        if not folder.exists():
+            raise InputError(f"{folder} is missing; name VL-T5's feature file with --features")
+        h5 = h5py.File(folder, "r")
+    width = None
+
+    def load(image):
+        nonlocal width
+        name = Path(str(image)).stem
+        if h5 is not None:
+            where = f"{folder}, key {name}"
+            if name not in h5:
+                raise InputError(f"{where} is missing; --features must hold every picture of the questions")
+            features, boxes = h5[name]["features"][:], h5[name]["boxes"][:].astype(np.float32)
+            boxes = boxes / np.array([h5[name]["img_w"][()], h5[name]["img_h"][()]] * 2, np.float32)
+        else:
+            where = next((p for p in (folder / f"{name}.npz", folder / f"{name}.npy") if p.exists()), None)
+            if where is None:
+                raise InputError(f"{folder / name}.npz (or .npy) is missing; --features must hold every picture of the questions")
+            try:
+                file = np.load(where, allow_pickle=False)
+                features = file["features"] if where.suffix == ".npz" else file
+                boxes = file["boxes"] if where.suffix == ".npz" and "boxes" in file else np.tile([0., 0, 1, 1], (len(features), 1))
+            except (ValueError, KeyError, OSError, EOFError) as e:
+                raise InputError(f"{where} cannot be read ({e}); it needs an array features (n,f), and boxes (n,4) beside it")
+        if features.ndim != 2 or boxes.shape != (len(features), 4) or (width and features.shape[1] != width):
+            raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; expected (n,{width or 'f'}) and (n,4)")
+        if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
+            raise InputError(f"{where} holds NaN or infinite numbers; extract its features again")
+        width = features.shape[1]
+        return np.asarray(features, np.float32), np.asarray(boxes, np.float32)
+    return load
+
+
 # ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
 
 

@@ -1,24 +1,35 @@
 """MM-Prompt: cross-modal prompt query and recovery for continual visual question answering, in one file.
 
 Paper     "MM-Prompt: Cross-Modal Prompt Tuning for Continual Visual Question Answering", arXiv 2505.19455v1.
-Official  github.com/xli04/CVQA @ 338c19b (read for the list of differences in README; nothing copied).
+Official  github.com/xli04/CVQA @ 338c19b (read for the list of differences; nothing copied).
 Run       python mmprompt.py --setting CI            python mmprompt.py --help
 
-Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.  So (1) let each
-modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and recover them from their own
-and from the other modality's prompts (Eq. 4-10) before the prompts enter a frozen encoder.
+Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.  So (1) let
+each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and recover them from
+their own and from the other modality's prompts (Eq. 4-10) before the prompts enter a frozen encoder.
 
 Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L prompt length (tokens) · D width
           Nq Nv tokens of question and picture · H heads.  M is a modality, Q or V, and M' the other one.
           (B,L,D) is a shape; Eq. n is the paper's number.  Masks are bool, True = a real token.
+
+Call path main                          reads the flags, one run a seed
+            run                         the protocol: tasks one after the other, then a row of the accuracy matrix
+              learn_task                epochs over one task (in DI: over its subtasks), best epoch kept
+                learn_epoch             batches; Eq. 11
+                  VQABackbone.embed     question and pictures -> F_q, F_v, the tokens before the encoder
+                  VQABackbone.encode    asks the method for prompts, then runs the encoder block by block
+                    MMPrompt.forward    Eq. 1-10: CrossModalQuery, PromptPool, CrossModalRecovery -> Prompts
+                    VQABackbone.inject  torch.cat([h, prompts]): HERE THE PROMPTS ENTER, for their block
+                  VQABackbone.loss      the frozen decoder reads the encoder's output: L_CE
 """
 import argparse
 import dataclasses
 import functools
 import hashlib
-import json
+import inspect
 import math
 import random
+import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -34,14 +45,49 @@ import data
 import metrics
 from data import InputError
 
-# ====================================================================================================== the paper
+# ================================================================================================== the paper
+# The method in the order of its equations, and nothing else: with `import dataclasses, torch` and torch's `nn` and `F`,
+# this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
 
 
 def masked_mean(x, mask):
-    """Mean over real tokens.  x (B,N,D), mask (B,N) -> (B,D)."""
+    """Phi of Eq. 1: the mean over real tokens.  x (B,N,D), mask (B,N) -> (B,D)."""
     m = mask[..., None].to(x.dtype)                                  # (B,N,1)
     return (x * m).sum(1) / m.sum(1).clamp(min=1)                    # padding neither adds nor counts
+
+
+class Attention(nn.MultiheadAttention):
+    """A(query, key, value): attention of M's tokens on other tokens.  Its output starts small, so that what it is added
+    to starts nearly unchanged.  Raises ValueError unless n_heads divides d_model.
+
+    forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
+    """
+
+    def __init__(self, d_model, n_heads):
+        if d_model % n_heads:
+            raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
+        super().__init__(d_model, n_heads, batch_first=True)
+        with torch.no_grad():                                        # start near "nothing added"
+            self.out_proj.weight.mul_(0.1)
+
+    def forward(self, query, key, value, mask=None):
+        # torch marks the tokens that must not be seen, we mark those that are real
+        return super().forward(query, key, value, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
+
+
+class SelfAttention(nn.TransformerEncoderLayer):
+    """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each with a residual.
+    It starts near the identity.  Raises ValueError unless n_heads divides d_model.  forward(x (B,N,D)) -> (B,N,D)"""
+
+    def __init__(self, d_model, n_heads, hidden):
+        if d_model % n_heads:
+            raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
+        super().__init__(d_model, n_heads, hidden, dropout=0.0, batch_first=True, norm_first=True)
+        with torch.no_grad():                                        # start near the identity
+            self.self_attn.out_proj.weight.mul_(0.1)                 # both branches are added to x:
+            self.linear2.weight.mul_(0.1)                            # small branches, nearly x
+            self.linear2.bias.zero_()
 
 
 class CrossModalQuery(nn.Module):
@@ -49,58 +95,71 @@ class CrossModalQuery(nn.Module):
 
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
     fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are the alternatives of Table 12.
+    Uses OTHER, masked_mean and Attention of this section.
     """
-    FUSIONS = ("query", "none", "plus", "mean", "hadamard", "cross-attention")
 
     def __init__(self, d_model, n_heads=8, fusion="query"):
         super().__init__()
+        if fusion not in ("query", "none", "plus", "mean", "hadamard", "cross-attention"):
+            raise ValueError(f"no query fusion {fusion!r}")
         self.fusion = fusion
         if fusion in ("query", "cross-attention"):
-            self.attend = nn.ModuleDict({M: attention(d_model, n_heads) for M in "QV"})
+            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
         if fusion == "query":                                        # w "initialised uniformly": all ones
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        x, mask = {"Q": F_q, "V": F_v}, {"Q": q_mask, "V": v_mask}
-        if self.fusion in ("query", "cross-attention"):
-            # A(F^M, F^M', F^M'): queries from M, keys and values from the other modality
-            seen = {M: self.attend[M](x[M], x[OTHER[M]], x[OTHER[M]], key_padding_mask=~mask[OTHER[M]],
-                                      need_weights=False)[0] for M in "QV"}                       # 2 x (B,N_M,D)
-        if self.fusion == "query":
-            # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M ),  Phi = mean over real tokens                           Eq. 1
-            return {M: self.w[M] * masked_mean(seen[M] + x[M], mask[M]) for M in "QV"}            # 2 x (B,D)
-        own = {M: masked_mean(x[M], mask[M]) for M in "QV"}                                       # 2 x (B,D)
+        tokens, mask = {"Q": F_q, "V": F_v}, {"Q": q_mask, "V": v_mask}
+        if self.fusion not in ("query", "cross-attention"):
+            return self.without_attention(tokens, mask)
+        # Every token asks the other modality's tokens what matters to it.  seen^M = A(F^M, F^M', F^M')
+        seen = {M: self.attend[M](tokens[M], tokens[OTHER[M]], tokens[OTHER[M]], mask[OTHER[M]]) for M in "QV"}   # (B,N_M,D)
+        if self.fusion == "cross-attention":                         # Table 12: nothing of its own is kept
+            return {M: masked_mean(seen[M], mask[M]) for M in "QV"}
+        # What it saw is added to what it is; the mean over tokens, weighted feature by feature, is the query.
+        # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M )                                                       Eq. 1
+        return {M: self.w[M] * masked_mean(seen[M] + tokens[M], mask[M]) for M in "QV"}          # 2 x (B,D)
+
+    def without_attention(self, tokens, mask):
+        """Isolated queries ("none"), and Table 12's simple ways to mix them."""
+        own = {M: masked_mean(tokens[M], mask[M]) for M in "QV"}                                 # 2 x (B,D)
         if self.fusion == "none":
             return own
-        both = {"plus": lambda: own["Q"] + own["V"], "hadamard": lambda: own["Q"] * own["V"],
-                "mean": lambda: masked_mean(torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1))}.get(self.fusion)
-        return {M: masked_mean(seen[M], mask[M]) if both is None else both() for M in "QV"}
+        if self.fusion == "mean":                                    # over the tokens of both
+            both = masked_mean(torch.cat([tokens["Q"], tokens["V"]], 1), torch.cat([mask["Q"], mask["V"]], 1))
+        else:
+            both = own["Q"] + own["V"] if self.fusion == "plus" else own["Q"] * own["V"]
+        return {"Q": both, "V": both}
 
 
 class PromptPool(nn.Module):
-    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).
+    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).  Needs no other name.
 
     forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: batch mates do not matter.
+    Raises ValueError for more than the pool holds.
     """
 
     def __init__(self, d_model, size, length=8, top_k=5, temperature=1.0):
         super().__init__()
         if top_k > size:
-            raise InputError(f"--top-k {top_k} is more than the {size} prompts of a pool; enlarge --pool-sizes")
+            raise ValueError(f"--top-k {top_k} is more than the {size} prompts of a pool; enlarge --pool-sizes")
         self.k, self.temperature = top_k, temperature
-        self.prompts = nn.Parameter(torch.randn(size, length, d_model) * 0.02)                    # P^M (N,L,D)
-        self.keys = nn.Parameter(torch.randn(size, d_model) * 0.02)                               # K^M (N,D)
+        self.prompts = nn.Parameter(torch.randn(size, length, d_model) * 0.02)                   # P^M (N,L,D)
+        self.keys = nn.Parameter(torch.randn(size, d_model) * 0.02)                              # K^M (N,D)
 
     def forward(self, q):
-        keys = F.normalize(self.keys, dim=-1)                                                     # (N,D)
-        # I^M = the k largest of cos(q^M, k_i^M)                                                                  Eq. 2
-        score, chosen = (F.normalize(q, dim=-1) @ keys.T).topk(self.k, dim=-1)                    # 2 x (B,k)
-        # p~^M = sum_{i in I} a_i p_i,  a = softmax over I of cos(q, k_i)                                         Eq. 3
-        a = (score / self.temperature).softmax(-1)                                                # (B,k)
-        p = torch.einsum("bk,bkld->bld", a, self.prompts[chosen])                                 # (B,L,D)
-        # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B.  The query is a constant here: otherwise the query network
-        # satisfies this loss by sending every query in one direction, and selection dies.                part of Eq. 11
-        pull = torch.einsum("bd,bkd->bk", F.normalize(q.detach(), dim=-1), keys[chosen])          # (B,k)
+        keys = F.normalize(self.keys, dim=-1)                                                    # (N,D)
+        # The prompts whose keys point where the query points are chosen.
+        # I^M = the k largest of cos(q^M, k_i^M)                                                             Eq. 2
+        score, chosen = (F.normalize(q, dim=-1) @ keys.T).topk(self.k, dim=-1)                   # 2 x (B,k)
+        # The nearer the key, the more of its prompt: a is a softmax over the chosen ones only.
+        # p~^M = sum_{i in I} a_i p_i,  a = softmax over I of cos(q, k_i)                                    Eq. 3
+        a = (score / self.temperature).softmax(-1)                                               # (B,k)
+        p = torch.einsum("bk,bkld->bld", a, self.prompts[chosen])                                # (B,L,D)
+        # The chosen keys move towards the query.  It is a constant here: otherwise the query network satisfies this
+        # loss by sending every query in one direction, and selection dies.
+        # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B                                        part of Eq. 11
+        pull = torch.einsum("bd,bkd->bk", F.normalize(q.detach(), dim=-1), keys[chosen])         # (B,k)
         return p, (1 - pull).sum(-1).mean(), chosen
 
 
@@ -108,96 +167,96 @@ class CrossModalRecovery(nn.Module):
     """Hide prompt tokens, recover them inside the modality, then across (section 3.3, Eq. 4-10).
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
-    fusion: "recovery" is the paper's; the rest are the alternatives of Table 13.
+    fusion: "recovery" is the paper's; the rest are the alternatives of Table 13.  w_res: "matrix" or "vector".
+    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  Uses OTHER, Attention and SelfAttention.
     """
-    FUSIONS = ("recovery", "plus", "mean", "hadamard", "cross-attention")
 
     def __init__(self, d_model, n_heads=8, mask_ratio=0.05, use_intra=True, use_inter=True, fusion="recovery",
                  w_res="matrix", mask_granularity="token", res_scale=0.1):
         super().__init__()
+        if fusion not in ("recovery", "plus", "mean", "hadamard", "cross-attention"):
+            raise ValueError(f"no recovery fusion {fusion!r}")
         self.delta, self.use_intra, self.use_inter, self.fusion = mask_ratio, use_intra, use_inter, fusion
         self.granularity, self.res_scale = mask_granularity, res_scale
-        each = lambda make: nn.ModuleDict({M: make() for M in "QV"})
         if fusion == "recovery" and use_intra:
-            self.intra = each(lambda: encoder_layer(d_model, n_heads, 2 * d_model))
-            start = (lambda: torch.eye(d_model)) if w_res == "matrix" else (lambda: torch.full((d_model,), d_model ** -0.5))
-            self.W_res = nn.ParameterDict({M: nn.Parameter(start()) for M in "QV"})
+            self.intra = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 2 * d_model) for M in "QV"})
+            # a matrix starts as the identity, a vector with length 1: both are "orthogonal" in the sense of Eq. 6
+            start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
+            self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
-            self.inter = each(lambda: attention(d_model, n_heads))
-        if fusion == "recovery" and use_inter:
-            self.refine = each(lambda: encoder_layer(d_model, n_heads, 4 * d_model))   # "twice feed-forward dimension"
-            self.W_g = each(lambda: nn.Linear(2 * d_model, d_model, bias=False))
+            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+        if fusion == "recovery" and use_inter:                       # A' has "twice the feed-forward dimension"
+            self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
+            self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
+
+    def forward(self, p):
+        nothing = p["Q"].new_zeros(())
+        if self.fusion != "recovery":                                                            # Table 13
+            return {M: self.mix(M, p) for M in "QV"}, nothing, nothing
+        if not (self.use_intra or self.use_inter):                   # isolated prompts: nothing is hidden or recovered
+            return p, nothing, nothing
+        p_hat = self.hide(p)                                                                     # Eq. 4
+        p_intra, L_intra = self.recover_intra(p_hat, p) if self.use_intra else (p_hat, nothing)  # Eq. 5-6
+        p_final, L_inter = self.recover_inter(p_intra, p) if self.use_inter else (p_intra, nothing)   # Eq. 7-10
+        return p_final, L_intra, L_inter
 
     def hide(self, p):
-        """p^ = (1-b) * p~ with one b for both modalities, b = 1 with probability delta.  Training only.       Eq. 4"""
+        """p^^M = (1-b) * p~^M, in training only: what is hidden must be recovered, so the recovery learns.     Eq. 4"""
         if not self.training or self.delta == 0:
             return p
         B, L, D = p["Q"].shape
+        # b = 1 with probability delta, the same b for both modalities: neither can copy it from the other's place
         b = torch.rand(B, L, D if self.granularity == "feature" else 1, device=p["Q"].device) < self.delta
-        return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                             # (B,L,1) or (B,L,D), shared
+        return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                                       # 2 x (B,L,D)
+
+    def recover_intra(self, p_hat, p):
+        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D), L_intra ()"""
+        # The hint goes through w_res: a rotation, so it adds direction and not size.  light^M = w_res^M p~^M'
+        light = {M: p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W for M, W in self.W_res.items()}
+        # Hidden tokens are filled in from their neighbours, then the hint is added.
+        # p_intra^M = A(p^^M) + w_res^M p~^M'                                                                Eq. 5
+        p_intra = {M: self.intra[M](p_hat[M]) + self.res_scale * light[M] for M in "QV"}         # 2 x (B,L,D)
+        # What was recovered must be what was hidden, and w_res must stay a rotation.  Means instead of sums, so that
+        # beta does not depend on B, L, D; p~ is a constant, or the prompts would chase their own recovery.
+        # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                     Eq. 6
+        L_intra = sum(F.mse_loss(p_intra[M], p[M].detach()) + self.orthogonality(self.W_res[M]) for M in "QV")
+        return p_intra, L_intra
+
+    @staticmethod
+    def orthogonality(W):
+        """|W W^T - I|_F^2 / D: the second term of Eq. 6.  W (D,D).  For a vector w (D,) the outer product has rank one and
+        the term equals (|w|^2-1)^2 + D-1; the constant D-1 is left out."""
+        if W.ndim == 1:
+            return (W.square().sum() - 1).square() / len(W)
+        return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() / len(W)
+
+    def recover_inter(self, p_intra, p):
+        """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter ()"""
+        # Each token asks the other modality's prompts, and keeps what it is.
+        # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                                 Eq. 7
+        p_inter = {M: self.cross(M, p_intra[M], p) + p_intra[M] for M in "QV"}                   # 2 x (B,L,D)
+        # A gate per feature says how much refinement it gets; it looks at both modalities.
+        # g^M = sigmoid( w_g^M ReLU([p_inter^M ; p~^M']) )                                                   Eq. 9
+        g = {M: torch.sigmoid(self.W_g[M](F.relu(torch.cat([p_inter[M], p[OTHER[M]]], -1)))) for M in "QV"}
+        # Gate closed: the prompt stays.  Gate open: it is replaced by its refinement.
+        # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                                Eq. 8
+        p_final = {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
+        # Both modalities, each seen through the other, must mean the same: their mean tokens point one way.
+        # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first        Eq. 10
+        views = [self.cross(M, p_final[M], p).mean(1) for M in "QV"]                             # 2 x (B,D)
+        return p_final, (1 - F.cosine_similarity(*views, dim=-1)).mean()
 
     def cross(self, M, x, p):
         """A(x, p~^M', p~^M'), the cross-attention that Eq. 7 and Eq. 10 share.  x (B,L,D) -> (B,L,D)."""
-        other = p[OTHER[M]]
-        return self.inter[M](x, other, other, need_weights=False)[0]
+        return self.inter[M](x, p[OTHER[M]], p[OTHER[M]])
 
-    def forward(self, p):
-        zero = p["Q"].new_zeros(())
-        if self.fusion != "recovery":                                                  # Table 13
-            both = {"plus": lambda M: p["Q"] + p["V"], "mean": lambda M: (p["Q"] + p["V"]) / 2,
-                    "hadamard": lambda M: p["Q"] * p["V"], "cross-attention": lambda M: self.cross(M, p[M], p)}[self.fusion]
-            return {M: both(M) for M in "QV"}, zero, zero
-        if not (self.use_intra or self.use_inter):                                     # isolated prompts: nothing to recover
-            return p, zero, zero
-        x, L_intra, L_inter = self.hide(p), zero, zero                                 # p^ 2 x (B,L,D)
-        if self.use_intra:
-            # p_intra^M = A(p^^M) + w_res^M p~^M'                                                                 Eq. 5
-            light = {M: p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W for M, W in self.W_res.items()}
-            x = {M: self.intra[M](x[M]) + self.res_scale * light[M] for M in "QV"}     # (B,L,D)
-            # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2.  Means instead of sums, so that beta does not
-            # depend on B, L, D; p~ is the target, a constant, or the prompts would chase their own recovery.     Eq. 6
-            L_intra = sum(F.mse_loss(x[M], p[M].detach()) + orthogonality(self.W_res[M]) for M in "QV")
-        if self.use_inter:
-            # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                                  Eq. 7
-            x = {M: self.cross(M, x[M], p) + x[M] for M in "QV"}                       # (B,L,D)
-            # g^M = sigmoid( w_g^M ReLU([p_inter^M ; p~^M']) ), one gate per feature                              Eq. 9
-            g = {M: torch.sigmoid(self.W_g[M](F.relu(torch.cat([x[M], p[OTHER[M]]], -1)))) for M in "QV"}   # (B,L,D)
-            # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                                 Eq. 8
-            x = {M: (1 - g[M]) * x[M] + g[M] * self.refine[M](x[M]) for M in "QV"}     # (B,L,D)
-            # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first          Eq. 10
-            views = [self.cross(M, x[M], p).mean(1) for M in "QV"]                     # 2 x (B,D)
-            L_inter = (1 - F.cosine_similarity(*views, dim=-1)).mean()
-        return x, L_intra, L_inter
-
-
-def orthogonality(W):
-    """|W W^T - I|_F^2 / D: the second term of Eq. 6.  W (D,D).  For a vector w (D,) the outer product has rank one and the
-    term equals (|w|^2-1)^2 + D-1; the constant D-1 is left out."""
-    if W.ndim == 1:
-        return (W.square().sum() - 1).square() / len(W)
-    return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() / len(W)
-
-
-def attention(d_model, n_heads):
-    """A(query, key, value): multi-head attention that starts small, so that the prompt path starts near identity."""
-    if d_model % n_heads:
-        raise InputError(f"--heads {n_heads} does not divide the width {d_model}")
-    layer = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
-    with torch.no_grad():
-        layer.out_proj.weight.mul_(0.1)
-    return layer
-
-
-def encoder_layer(d_model, n_heads, width):
-    """A(x): self-attention and feed-forward of `width`, each with norm first and a residual, starting near identity."""
-    if d_model % n_heads:
-        raise InputError(f"--heads {n_heads} does not divide the width {d_model}")
-    layer = nn.TransformerEncoderLayer(d_model, n_heads, width, dropout=0.0, batch_first=True, norm_first=True)
-    with torch.no_grad():
-        layer.self_attn.out_proj.weight.mul_(0.1)
-        layer.linear2.weight.mul_(0.1)
-        layer.linear2.bias.zero_()
-    return layer
+    def mix(self, M, p):
+        """Table 13: other ways to bring the two modalities' prompts together.  -> (B,L,D)"""
+        if self.fusion == "cross-attention":
+            return self.cross(M, p[M], p)
+        if self.fusion == "hadamard":
+            return p["Q"] * p["V"]
+        return (p["Q"] + p["V"]) / (2 if self.fusion == "mean" else 1)
 
 
 @dataclasses.dataclass
@@ -213,42 +272,60 @@ class MMPrompt(nn.Module):
     """The whole method (Fig. 2): one cross-modal query, four pools, one recovery for G(eneral) and one for E(xpert) prompts.
 
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts with {"G","E"}: (B,2L,D) and losses qk, intra, inter.
-    pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  Layers are 0-based encoder blocks.
+    pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder blocks.
+    keep: prompts stay in the sequence after their block (official code).  freeze_query: Eq. 1 learns in the first task only,
+    so that old questions keep their prompts.  temperature of Eq. 3; query_fusion, recovery_fusion: Tables 12 and 13.
     """
+    lr = 5e-4                                                        # of prompts and keys, from a search on another seed
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5, pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120},
                  mask_ratio=0.05, use_query=True, use_intra=True, use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0,
                  temperature=1.0, layers={"G": (1, 2), "E": (3, 4, 5)}, keep=False, query_fusion="query",
-                 recovery_fusion="recovery", w_res="matrix", mask_granularity="token"):
+                 recovery_fusion="recovery", w_res="matrix", mask_granularity="token", freeze_query=False):
         super().__init__()
-        self.layers, self.keep = dict(layers), keep
-        self.weights = {"qk": qk_weight, "inter": alpha, "intra": beta}
+        self.layers, self.keep, self.freeze_query = dict(layers), keep, freeze_query
+        self.weights = {"qk": qk_weight, "inter": alpha, "intra": beta}                          # of Eq. 11
         self.query = CrossModalQuery(d_model, n_heads, query_fusion if use_query else "none")
         self.pools = nn.ModuleDict({name: PromptPool(d_model, size, length, top_k, temperature)
                                     for name, size in pool_sizes.items()})
         self.recovery = nn.ModuleDict({G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter,
                                                              recovery_fusion, w_res, mask_granularity) for G in "GE"})
+        self.register_buffer("t", torch.tensor(0))                   # current task; a buffer, so that it is saved too
+
+    def begin_task(self, t):
+        self.t.fill_(t)                                              # nothing else: the method needs to know no tasks
+
+    def end_task(self):
+        pass
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        q = self.query(F_q, F_v, q_mask, v_mask)                                       # Eq. 1       2 x (B,D)
+        # Two queries serve all four pools.                                                                  Eq. 1
+        q = self.query(F_q, F_v, q_mask, v_mask)                                                 # 2 x (B,D)
+        if self.freeze_query and self.t > 0:
+            q = {M: q[M].detach() for M in "QV"}
         out = Prompts({}, dict.fromkeys(("qk", "intra", "inter"), F_q.new_zeros(())), {})
-        for G in "GE":
+        for G in "GE":                                               # general prompts for early blocks, expert for later
             p = {}
             for M in "QV":
-                p[M], qk, out.chosen[M + G] = self.pools[M + G](q[M])                  # Eq. 2-3     (B,L,D)
+                # Each modality picks and mixes its own prompts.                                           Eq. 2-3
+                p[M], qk, out.chosen[M + G] = self.pools[M + G](q[M])                            # p~ (B,L,D)
                 out.losses["qk"] = out.losses["qk"] + qk
-            final, intra, inter = self.recovery[G](p)                                  # Eq. 4-10    2 x (B,L,D)
-            out.prompts[G] = torch.cat([final["Q"], final["V"]], 1)                    # (B,2L,D)
+            # Then the two are brought together.                                                          Eq. 4-10
+            p_final, intra, inter = self.recovery[G](p)                                          # 2 x (B,L,D)
+            out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)                          # (B,2L,D)
             out.losses["intra"], out.losses["inter"] = out.losses["intra"] + intra, out.losses["inter"] + inter
         return out
 
 
 def total_loss(ce, losses, weights):
-    """L = L_CE + L_qk + alpha L_inter + beta L_intra.  All (); a loss without a weight counts once.             Eq. 11"""
+    """What training minimises: the answer's cross-entropy and the weighted losses of the prompts, all ().
+    L = L_CE + L_qk + alpha L_inter + beta L_intra.  A loss without a weight counts once.                   Eq. 11"""
     return ce + sum(weights.get(name, 1.0) * value for name, value in losses.items())
 
 
-# ================================================================================================== the backbone
+# =============================================================================================== the backbone
+# A frozen T5 reads the question's tokens and the picture's tokens in one sequence; `inject` is where prompts enter.
+# Pictures come as regions: features (n,f) and boxes (n,4), from the built-in world, a file, or a frozen vision model.
 
 
 class VisualEmbedding(nn.Module):
@@ -263,14 +340,15 @@ class VisualEmbedding(nn.Module):
         self.place = nn.Linear(5, d_model)
 
     def forward(self, features, boxes):
-        area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]     # (B,Nv,1)
-        return self.look(features) + self.place(torch.cat([boxes, area], -1))                     # (B,Nv,D)
+        area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]    # (B,Nv,1)
+        return self.look(features) + self.place(torch.cat([boxes, area], -1))                    # (B,Nv,D)
 
 
 class VQABackbone(nn.Module):
     """A T5 encoder-decoder that reads question tokens and visual tokens in one sequence, with room for prompts.
 
     t5: any T5ForConditionalGeneration.  pictures(image) -> (features (n,f), boxes (n,4)).  Everything is frozen at first.
+    prefix: put before each question.  max_question, max_answer: in tokens.
     """
 
     def __init__(self, t5, tokenizer, visual, pictures, prefix="", max_question=20, max_answer=8):
@@ -290,65 +368,81 @@ class VQABackbone(nn.Module):
 
     def tokens(self, texts, limit):
         out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return out["input_ids"].to(self.device), out["attention_mask"].bool().to(self.device)     # 2 x (B,N)
+        return out["input_ids"].to(self.device), out["attention_mask"].bool().to(self.device)    # 2 x (B,N)
 
-    def embed(self, samples):
-        """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0.  A frozen picture is embedded once."""
-        ids, q_mask = self.tokens([self.prefix + s.question for s in samples], self.max_question)
-        F_q = self.t5.get_input_embeddings()(ids)                                                 # (B,Nq,D)
+    def see(self, images):
+        """A list of B pictures' tokens, (n,D) each.  While the eyes are frozen, a picture is looked at once."""
         learning = self.visual.place.weight.requires_grad
         if learning:
             self.memo.clear()
-        if learning or any(s.image not in self.memo for s in samples):
-            raw = [self.pictures(s.image) for s in samples]
-            pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-            F_v = self.visual(pad([f for f, _ in raw]), pad([b for _, b in raw]))                 # (B,Nv,D)
-            sizes = [len(f) for f, _ in raw]
-            if not learning:
-                self.memo.update({s.image: row[:n] for s, row, n in zip(samples, F_v, sizes)})
-        else:
-            rows = [self.memo[s.image] for s in samples]
-            F_v, sizes = nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(r) for r in rows]
-        v_mask = torch.arange(F_v.shape[1]) < torch.tensor(sizes)[:, None]                        # (B,Nv)
+        if learning or any(image not in self.memo for image in images):
+            features, boxes = zip(*[self.pictures(image) for image in images])
+            F_v = self.visual(self.pad(features), self.pad(boxes))                               # (B,Nv,D)
+            rows = [row[:len(f)] for row, f in zip(F_v, features)]
+            if learning:
+                return rows
+            self.memo.update(zip(images, rows))
+        return [self.memo[image] for image in images]
+
+    def pad(self, rows):
+        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)           # B x (n,..) -> (B,Nv,..)
+
+    def embed(self, samples):
+        """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0."""
+        ids, q_mask = self.tokens([self.prefix + s.question for s in samples], self.max_question)
+        F_q = self.t5.get_input_embeddings()(ids)                                                # (B,Nq,D)
+        rows = self.see([s.image for s in samples])
+        F_v, sizes = self.pad(rows), torch.tensor([len(row) for row in rows])
+        v_mask = torch.arange(F_v.shape[1]) < sizes[:, None]                                     # (B,Nv)
         return F_q, F_v, q_mask, v_mask.to(self.device)
 
+    def position_bias(self, Nq, mask, dtype):
+        """What attention scores get added: T5's own bias between question tokens, zero wherever a visual or prompt token takes
+        part, minus infinity for padding.  mask (B,N) of the whole sequence -> (B,H,N,N)"""
+        bias = self.t5.encoder.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=mask.device)   # (1,H,Nq,Nq)
+        more = mask.shape[1] - Nq
+        bias = F.pad(bias, (0, more, 0, more))                                                   # (1,H,N,N)
+        return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min).to(dtype)
+
     def encode(self, F_q, F_v, q_mask, v_mask, method=None, modality="joint"):
-        """One pass through the encoder, prompts injected at their blocks.  Returns hidden (B,N,D), mask (B,N), Prompts or None.
+        """One pass through the encoder, the method's prompts injected at their blocks.  Returns hidden (B,N,D), mask (B,N), Prompts.
 
         modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint" nothing.
         """
-        out = method(F_q, F_v, q_mask, v_mask) if method is not None else None
-        place = {i: p for G, p in (out.prompts if out else {}).items() for i in method.layers[G]}
+        out = method(F_q, F_v, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
+        place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}                 # block -> (B,P,D)
         if modality != "joint":                                      # queries saw both, the encoder sees one
             q_mask, v_mask = q_mask & (modality == "q"), v_mask & (modality == "v")
-            half = lambda p: p.chunk(2, 1)[0 if modality == "q" else 1] if p.shape[1] % 2 == 0 else p
-            place = {i: half(p) for i, p in place.items()}
-        stack, Nq = self.t5.encoder, F_q.shape[1]
-        h, mask = torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)                        # (B,N,D) (B,N)
-        # Position bias: T5's own between question tokens, zero wherever a visual or prompt token takes part.
-        bias = stack.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=h.device)        # (1,H,Nq,Nq)
-        wider = lambda bias, n: F.pad(bias, (0, n, 0, n))
-        hide = lambda bias, mask: bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min).to(h.dtype)
-        bias = wider(bias, F_v.shape[1])                                                          # (1,H,N,N)
-        hidden_bias = hide(bias, mask)                                                            # (B,H,N,N)
-        for i, block in enumerate(stack.block):
+            place = {i: self.half(p, modality) for i, p in place.items()}
+        Nq, h, mask = F_q.shape[1], torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)     # (B,N,D) (B,N)
+        bias = self.position_bias(Nq, mask, h.dtype)                                             # (B,H,N,N)
+        for i, block in enumerate(self.t5.encoder.block):
             if i not in place:
-                h = block(h, position_bias=hidden_bias)[0]
+                h = block(h, position_bias=bias)[0]                                              # (B,N,D)
                 continue
-            N, P = h.shape[1], place[i].shape[1]                     # append for this block...
-            long_bias, long_mask = wider(bias, P), F.pad(mask, (0, P), value=True)
-            long_hidden = hide(long_bias, long_mask)                                              # (B,H,N+P,N+P)
-            h = block(torch.cat([h, place[i].to(h.dtype)], 1), position_bias=long_hidden)[0]      # (B,N+P,D)
-            if method.keep:
-                bias, mask, hidden_bias = long_bias, long_mask, long_hidden
-            else:
-                h = h[:, :N]                                         # ...and drop again after it
-        return stack.final_layer_norm(h), mask, out                                               # dropout is off
+            longer, longer_mask, longer_bias = self.inject(h, mask, Nq, place[i])
+            longer = block(longer, position_bias=longer_bias)[0]                                 # (B,N+P,D)
+            if method.keep:                                          # prompts stay in the sequence...
+                h, mask, bias = longer, longer_mask, longer_bias
+            else:                                                    # ...or are dropped again after their block
+                h = longer[:, :h.shape[1]]
+        return self.t5.encoder.final_layer_norm(h), mask, out                                    # dropout is off
+
+    def inject(self, h, mask, Nq, prompts):
+        """HERE THE PROMPTS ENTER: P more tokens behind those of the sequence, which every token may look at."""
+        longer = torch.cat([h, prompts.to(h.dtype)], 1)                                          # (B,N+P,D)
+        mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
+        return longer, mask, self.position_bias(Nq, mask, h.dtype)                               # (B,H,N+P,N+P)
+
+    @staticmethod
+    def half(prompts, modality):
+        """One modality's prompts: question prompts come first.  An odd number cannot be told apart and stays."""
+        return prompts if prompts.shape[1] % 2 else prompts.chunk(2, 1)[0 if modality == "q" else 1]
 
     def loss(self, hidden, mask, answers):
         """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), answers: B strings -> ()"""
         from transformers.modeling_outputs import BaseModelOutput
-        labels, real = self.tokens(answers, self.max_answer)                                      # (B,Na)
+        labels, real = self.tokens(answers, self.max_answer)                                     # (B,Na)
         out = self.t5(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(),
                       labels=labels.masked_fill(~real, -100))
         return out.loss
@@ -362,7 +456,7 @@ class VQABackbone(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-# ---- pictures: image -> features (n,f), boxes (n,4)
+# ---- pictures: each of these returns load(image) -> features (n,f), boxes (n,4)
 
 
 def world_regions(regions):
@@ -375,7 +469,7 @@ def world_regions(regions):
 def picture_regions(root):
     """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16 pixels each."""
     grid = [(x / 3, y / 3, (x + 1) / 3, (y + 1) / 3) for y in range(3) for x in range(3)] + [(0, 0, 1, 1)]
-    boxes = torch.tensor(grid, dtype=torch.float32)                                               # (10,4)
+    boxes = torch.tensor(grid, dtype=torch.float32)                                              # (10,4)
 
     @functools.lru_cache(maxsize=50_000)
     def load(image):
@@ -384,212 +478,147 @@ def picture_regions(root):
     return load
 
 
-def region_files(folder, root):
-    """Region features made elsewhere: FOLDER/<picture name>.npz (features (n,f), boxes (n,4) in [0,1]) or .npy (features),
-    or one VL-T5 .h5 file (<name>/features, boxes in pixels, img_w, img_h; needs h5py)."""
-    folder = Path(folder)
-    h5 = None
-    if folder.suffix in (".h5", ".hdf5"):
-        try:
-            import h5py
-        except ImportError:
-            raise InputError(f"{folder} is an HDF5 file, which needs h5py: pip install h5py")
-        if not folder.exists():
-            raise InputError(f"{folder} is missing; name VL-T5's feature file with --features")
-        h5 = h5py.File(folder, "r")
-    width = None
-
-    def load(image):
-        nonlocal width
-        name = Path(str(image)).stem
-        if h5 is not None:
-            where = f"{folder}, key {name}"
-            if name not in h5:
-                raise InputError(f"{where} is missing; --features must hold every picture of the questions")
-            features, boxes = h5[name]["features"][:], h5[name]["boxes"][:].astype(np.float32)
-            boxes = boxes / np.array([h5[name]["img_w"][()], h5[name]["img_h"][()]] * 2, np.float32)
-        else:
-            where = next((p for p in (folder / f"{name}.npz", folder / f"{name}.npy") if p.exists()), None)
-            if where is None:
-                raise InputError(f"{folder / name}.npz (or .npy) is missing; --features must hold every picture of the questions")
-            try:
-                file = np.load(where, allow_pickle=False)
-                features = file["features"] if where.suffix == ".npz" else file
-                boxes = file["boxes"] if where.suffix == ".npz" and "boxes" in file else np.tile([0., 0, 1, 1], (len(features), 1))
-            except (ValueError, KeyError, OSError, EOFError) as e:
-                raise InputError(f"{where} cannot be read ({e}); it needs an array features (n,f), and boxes (n,4) beside it")
-        if features.ndim != 2 or boxes.shape != (len(features), 4) or (width and features.shape[1] != width):
-            raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; expected (n,{width or 'f'}) and (n,4)")
-        if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
-            raise InputError(f"{where} holds NaN or infinite numbers; extract its features again")
-        width = features.shape[1]
-        return torch.from_numpy(np.asarray(features, np.float32)), torch.from_numpy(np.asarray(boxes, np.float32))
-    return load
+def file_regions(folder):
+    """Region features made elsewhere: data.region_files, as tensors."""
+    load = data.region_files(folder)
+    return lambda image: tuple(torch.from_numpy(x) for x in load(image))
 
 
 def grid_features(name, root, device, cells=6):
     """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36 cells with boxes.
     Each picture passes the vision model once; the result is kept on disk."""
     from transformers import AutoImageProcessor, AutoModel
-    model = from_pretrained(AutoModel, name, "--vision")
+    model = metrics.from_pretrained(AutoModel, name, "--vision")
     model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
-    process = from_pretrained(AutoImageProcessor, name, "--vision")
+    process = metrics.from_pretrained(AutoImageProcessor, name, "--vision")
     edges = np.linspace(0, 1, cells + 1)
     boxes = torch.tensor([(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(cells) for x in range(cells)],
-                         dtype=torch.float32)                                                     # (36,4)
+                         dtype=torch.float32)                                                    # (36,4)
 
     @torch.no_grad()
     def load(image):
         path = data.inside(root, image)
         try:
-            stamp = f"{path.resolve()} {path.stat().st_mtime_ns}"
+            key = f"{name} {path.resolve()} {path.stat().st_mtime_ns}"
         except OSError:
             raise InputError(f"picture {path} is missing; put it there or name the folder above it with --root")
-        kept = cache_file(f"grid-{cells}", f"{name} {stamp}", ".npy")
+        kept = data.cache_folder() / f"grid-{cells}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}.npy"
         if not kept.exists():
             pixels = process(images=data.open_picture(path), return_tensors="pt")["pixel_values"].to(device)
-            patches = model(pixel_values=pixels).last_hidden_state                                # (1,(1+)n*n,f)
-            side = int(patches.shape[1] ** 0.5)                                                   # a class token may come first
-            square = patches[0, -side * side:].T.reshape(1, -1, side, side)                       # (1,f,n,n)
-            pooled = F.adaptive_avg_pool2d(square.float(), cells)[0].flatten(1).T.cpu().numpy()   # (36,f)
+            patches = model(pixel_values=pixels).last_hidden_state                               # (1,(1+)n*n,f)
+            side = int(patches.shape[1] ** 0.5)                                                  # a class token may come first
+            square = patches[0, -side * side:].T.reshape(1, -1, side, side)                      # (1,f,n,n)
+            pooled = F.adaptive_avg_pool2d(square.float(), cells)[0].flatten(1).T.cpu().numpy()  # (36,f)
             with metrics.atomic(kept, "wb") as f:
                 np.save(f, pooled.astype(np.float16))
         return torch.from_numpy(np.load(kept).astype(np.float32)), boxes
     return load
 
 
-def cache_file(kind, key, suffix):
-    """A path in the cache folder that depends on the whole key."""
-    return data.cache_folder() / f"{kind}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}{suffix}"
+# ---- loading
 
 
-def from_pretrained(cls, name, flag, **more):
-    """cls.from_pretrained with one clear line when the id or folder cannot be loaded."""
-    try:
-        return cls.from_pretrained(name, **more)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{flag} {name}: {str(e).strip().splitlines()[0][:160]}; give a Hugging Face id (needs the network once) "
-                         "or a folder written by save_pretrained")
+def load_backbone(args, stream):
+    """The frozen encoder-decoder with its eyes: the small one, or any T5 with any CLIP-like vision model or feature files.
+    Fills in args.train_vision where it is left open: eyes that nobody has trained learn in the first task."""
+    root, built_in, small = stream.extra.get("root"), args.data == "mini", args.backbone == "mini"
+    if built_in and not small:
+        raise InputError("--data mini has pictures of its own for the small backbone; with --backbone give your own --data")
+    if not built_in and not args.features:
+        first = data.inside(root, stream.tasks[0].train[0].image)
+        if not first.exists():
+            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name region features "
+                             "with --features")
+    visual = None
+    if small:
+        texts = [] if built_in else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
+        t5, visual = load_small(args.backbone_seed)
+        tokenizer = mini_tokenizer(texts)
+        pictures = world_regions(stream.extra["regions"]) if built_in else picture_regions(root)
+    else:
+        t5, tokenizer = load_t5(args.backbone)
+        if not args.features and not args.vision:
+            raise InputError("--backbone other than mini needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
+        pictures = None if args.features else grid_features(args.vision, root, args.device)
+    if args.features:
+        pictures, visual = file_regions(args.features), None
+    args.train_vision = args.train_vision or ("never" if visual is not None else "first")
+    if visual is None:                                               # width of the features: ask the first picture
+        width = pictures(stream.tasks[0].train[0].image)[0].shape[1]
+        torch.manual_seed(0)
+        visual = VisualEmbedding(width, t5.config.d_model)
+    blocks, wanted = len(t5.encoder.block), max(args.layers_g + args.layers_e)
+    if wanted >= blocks:
+        raise InputError(f"--layers-g/--layers-e name block {wanted}, but the encoder has blocks 0..{blocks - 1}")
+    return VQABackbone(t5, tokenizer, visual, pictures, prefix="" if small else "vqa: ").to(args.device)
 
 
-# ---- the small backbone: pre-trained here once, then kept
-MINI = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)       # 0.75 M parameters
-EYES = 3                                                             # steps of the eyes alone, per step of the whole
-MINI_STEPS, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB = 3000, 128, 24_000, 2e-3, 512
+def load_t5(name):
+    """(model, tokenizer) of any T5-family Hugging Face id or folder."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    t5, tokenizer = (metrics.from_pretrained(c, name, "--backbone") for c in (AutoModelForSeq2SeqLM, AutoTokenizer))
+    if not hasattr(t5, "encoder") or not hasattr(t5.encoder, "block"):
+        raise InputError(f"--backbone {name} is a {type(t5).__name__}; the prompts need a T5-family encoder-decoder")
+    return t5, tokenizer
 
 
-def mini_tokenizer(texts=()):
-    """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows last."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    known = ["<pad>", "</s>", "<unk>", "<mask>", *data.MINI_WORDS]
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                            # < and > stay: <mask>
-                                     pre_tokenizers.Split(Regex(r"[.,;:!?\"'()]"), "isolated")])
-    count = Counter(w for text in texts for w, _ in split.pre_tokenize_str(text.lower()))
-    new = [w for w, _ in count.most_common() if w not in set(known)]
-    words = (known + new)[:MINI_VOCAB]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    lost = max(0, len(known) + len(new) - MINI_VOCAB)
-    if new:
-        tqdm.write(f"{len(new)} words are new to the small backbone: {len(new) - lost} get random rows, {lost} become <unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+# =========================================================================================== compared methods
+# All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design allows, and
+# inject at the same blocks ("identical injection layers if possible", section 4.2).  A method is a module with
+#   begin_task(t), forward(F_q, F_v, q_mask, v_mask) -> Prompts, end_task()
+#   layers {group of prompts: its blocks}, keep (prompts stay after their block), weights of its losses,
+#   lr (its own rate, from the same small search on a seed that is not reported), other rates where they differ
 
 
-def mini_backbone(texts=(), steps=MINI_STEPS, device="cpu", seed=0):
-    """(t5, tokenizer, visual) of the small backbone.  Pre-trained on statements about scenes of the built-in world (never the
-    stream's questions) the first time; later read from the cache.  texts: your own data's, for new words.  seed: of its start,
-    scenes and statements."""
-    from safetensors.torch import load, save
-    from transformers import T5Config, T5ForConditionalGeneration
-    torch.manual_seed(seed)
-    config = T5Config(vocab_size=MINI_VOCAB, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-                      tie_word_embeddings=True, **MINI)
-    t5, visual = T5ForConditionalGeneration(config), VisualEmbedding(3 * data.REGION_PIXELS ** 2, MINI["d_model"])
-    both = nn.ModuleDict({"t5": t5, "visual": visual})
-    key = json.dumps([MINI, steps, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_VOCAB, data.MINI_VQA_VERSION, EYES, 5, seed])
-    path = cache_file("mini-vqa-backbone", key, ".safetensors")
-    if not path.exists():
-        pretrain(both.to(device), steps, device, seed)
-        both.to("cpu")
-        seen = {}                                                    # tied tensors are stored once
-        for k, v in both.state_dict().items():
-            if v.data_ptr() not in {s.data_ptr() for s in seen.values()}:
-                seen[k] = v.contiguous()
-        with metrics.atomic(path, "wb") as f:
-            f.write(save(seen))
-    both.load_state_dict(load(path.read_bytes()), strict=False)
-    t5.tie_weights()
-    return t5, mini_tokenizer(texts), visual
+class Method(nn.Module):
+    """What the compared methods share: the current task, kept as a buffer so that a resumed run knows it."""
+    lr, layers, keep, weights = 8e-3, {}, False, {}
+    whole_t5 = False                                                 # does the T5 itself learn?
+    one_stage = False                                                # knows no tasks: all of them at once
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("t", torch.tensor(0))
+
+    def begin_task(self, t):
+        self.t.fill_(t)
+
+    def end_task(self):
+        pass
 
 
-def pretrain(both, steps, device, seed=0):
-    """First the eyes alone: a region's token is drawn to the embeddings of the words that describe it, as in contrastive
-    picture-text training.  Then everything together on statements with a gap."""
-    scenes_n = min(MINI_SCENES, 12 * steps + 200)
-    rng = random.Random(f"upstream {seed}")
-    scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
-              for i in range(scenes_n)]
-    regions, tokenizer = data.draw_scenes(scenes), mini_tokenizer()
-    pictures = world_regions(regions)
-    words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES, "size": data.SIZES,
-             "cell": list(data.CELLS)}
-    embedding = both["t5"].get_input_embeddings().weight.detach()
-    rows = {k: torch.stack([embedding[tokenizer(v, add_special_tokens=False)["input_ids"]].mean(0)
-                            for v in vs]) for k, vs in words.items()}                              # {attribute: (values,D)}
-    shown = [(r, i, [vs.index(thing[k]) if thing[k] in vs else -1 for k, vs in words.items()]) for r, scene in enumerate(scenes)
-             for i, j in enumerate(data.region_order(scene)) if j < len(scene["things"]) for thing in scene["things"][j:j + 1]]
-    eyes, visual = max(EYES * steps, 20), both["visual"].requires_grad_(True)
-    optimizer = torch.optim.AdamW(visual.parameters(), 2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=eyes, pct_start=0.1)
-    for _ in tqdm(range(eyes), desc="eyes of the small backbone, once", leave=False, mininterval=5):
-        batch = rng.sample(shown, min(128, len(shown)))
-        r, i = [b[0] for b in batch], [b[1] for b in batch]
-        features = torch.from_numpy(regions[0][r, i]).flatten(1).float() / 127.5 - 1              # (B,768)
-        x = visual(features.to(device), torch.from_numpy(regions[1][r, i]).to(device))            # (B,D)
-        target = torch.tensor([t for *_, t in batch], device=device)                              # (B,6)
-        loss = sum(F.cross_entropy(x @ e.T.to(device) / MINI["d_model"] ** 0.5, target[:, i], ignore_index=-1)
-                   for i, e in enumerate(rows.values()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model = VQABackbone(both["t5"], tokenizer, both["visual"], pictures, max_question=16, max_answer=10)
-    both.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(both.parameters(), MINI_LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MINI_LR, total_steps=max(steps, 20), pct_start=0.1)
-    bar = tqdm(range(steps), desc="pre-training the small backbone, once", leave=False, mininterval=5)
-    for step in bar:
-        rows = [rng.randrange(scenes_n) for _ in range(MINI_BATCH)]
-        pairs = [data.upstream_statement(rng, scenes[r]) for r in rows]
-        hidden, mask, _ = model.encode(*model.embed([data.Sample(r, r, q, (a,), "", "") for r, (q, a) in zip(rows, pairs)]))
-        loss = model.loss(hidden, mask, [a for _, a in pairs])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-    both.requires_grad_(False).eval()
+class Frozen(Method):
+    """The backbone as it was pre-trained: no prompts, nothing learns.  The lower bound."""
+    lr, one_stage = 2e-3, True
+
+    def __init__(self, d_model):
+        super().__init__()
+
+    def forward(self, F_q, F_v, q_mask, v_mask):
+        return Prompts({}, {}, {})
 
 
-# =================================================================================================== baselines
-# All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design allows, and inject
-# at the same blocks ("identical injection layers if possible", section 4.2).  begin_task(t) is called before task t.
+class Finetune(Frozen):
+    """No prompts; the whole T5 learns, task after task.  What forgetting looks like."""
+    whole_t5, one_stage, lr_backbone = True, False, 5e-4
 
 
-class L2P(nn.Module):
+class Joint(Finetune):
+    """The same, but all tasks at once.  The upper bound: as many steps as it takes, its rate falling to zero."""
+    one_stage, epochs, batch, schedule = True, 16, 50, "linear"
+
+
+class L2P(Method):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at the input and stay.
-    shared=True is L2P*: one pool, one query.  length 2 times k = 5 injects about as many tokens as MM-Prompt."""
+    2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
+    layers, keep, one_pool = {"G": (0,)}, True, False
 
-    def __init__(self, d_model, pool_sizes, top_k=5, length=2, shared=False, qk_weight=1.0, **_):
+    def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0):
         super().__init__()
         sizes = {"Q": pool_sizes["QG"] + pool_sizes["QE"], "V": pool_sizes["VG"] + pool_sizes["VE"]}
-        sizes = {"QV": sum(sizes.values())} if shared else sizes
-        self.pools = nn.ModuleDict({M: PromptPool(d_model, n, length, top_k) for M, n in sizes.items()})
-        self.layers, self.keep, self.weights = {"G": (0,)}, True, {"qk": qk_weight}
+        sizes = {"QV": sum(sizes.values())} if self.one_pool else sizes
+        self.pools = nn.ModuleDict({M: PromptPool(d_model, n, tokens, top_k) for M, n in sizes.items()})
+        self.weights = {"qk": qk_weight}
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
@@ -602,211 +631,197 @@ class L2P(nn.Module):
         return Prompts({"G": torch.cat(prompts, 1)}, {"qk": pull}, chosen)
 
 
-class DualPrompt(nn.Module):
+class L2POnePool(L2P):
+    """L2P*: one pool for both modalities, chosen by one query."""
+    lr, one_pool = 5e-4, True
+
+
+class DualPrompt(Method):
     """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its key at test."""
 
-    def __init__(self, d_model, length=8, tasks=10, layers=None, qk_weight=1.0, **_):
+    def __init__(self, d_model, layers, length=8, tasks=10, qk_weight=1.0):
         super().__init__()
-        self.layers, self.keep, self.weights, self.t = layers, False, {"qk": qk_weight}, 0
-        make = lambda *shape: nn.Parameter(torch.randn(*shape) * 0.02)
-        self.pools = nn.ParameterDict({"G": make(2 * length, d_model)})
+        self.layers, self.weights = layers, {"qk": qk_weight}
+        self.pools = nn.ParameterDict({"G": torch.randn(2 * length, d_model) * 0.02})
         for M in "QV":
-            self.pools[M + "E"], self.pools[M + "keys"] = make(tasks, length, d_model), make(tasks, d_model)
-
-    def begin_task(self, t):
-        self.t = t
+            self.pools[M + "E"] = torch.randn(tasks, length, d_model) * 0.02
+            self.pools[M + "keys"] = torch.randn(tasks, d_model) * 0.02
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        expert, pull, chosen = [], 0, {}
+        expert, pull, chosen, t = [], 0, {}, int(self.t)
         for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
-            s = F.normalize(q, dim=-1) @ F.normalize(self.pools[M + "keys"], dim=-1).T            # (B,T)
-            pull = pull + (1 - s[:, self.t]).mean()
-            best = torch.full_like(s[:, 0], self.t, dtype=torch.long) if self.training else s[:, :self.t + 1].argmax(-1)
-            chosen[M + "E"] = best[:, None]                          # training knows its task, test does not
+            s = F.normalize(q, dim=-1) @ F.normalize(self.pools[M + "keys"], dim=-1).T           # (B,T)
+            pull = pull + (1 - s[:, t]).mean()
+            # training knows its task, test does not: there the nearest key of the tasks so far decides
+            best = torch.full_like(s[:, 0], t, dtype=torch.long) if self.training else s[:, :t + 1].argmax(-1)
+            chosen[M + "E"] = best[:, None]
             expert.append(self.pools[M + "E"][best])                 # (B,L,D)
         return Prompts({"G": self.pools["G"].expand(len(F_q), -1, -1), "E": torch.cat(expert, 1)}, {"qk": pull}, chosen)
 
 
-class CODAPrompt(nn.Module):
+class CODAPrompt(Method):
     """CODA-Prompt (Smith et al. 2023): a prompt is a weighted sum of all components; each task adds its share, old ones freeze.
     Weight of component m: cos(q * A_m, K_m).  Orthogonality is asked of components, keys and attention vectors."""
 
-    def __init__(self, d_model, pool_sizes, length=8, tasks=10, layers=None, ortho=0.1, **_):
+    def __init__(self, d_model, pool_sizes, layers, length=8, tasks=10, ortho=0.1):
         super().__init__()
-        self.layers, self.keep, self.weights, self.t, self.tasks = layers, False, {"ortho": ortho}, 0, tasks
-        self.pools = nn.ModuleDict()
+        self.layers, self.weights, self.tasks, self.pools = layers, {"ortho": ortho}, tasks, nn.ModuleDict()
         for name, n in pool_sizes.items():
             self.pools[name] = nn.ParameterDict({"prompts": torch.empty(n, length, d_model), "key": torch.empty(n, d_model),
                                                  "attend": torch.empty(n, d_model)})
             for p in self.pools[name].values():
                 nn.init.orthogonal_(p.data.view(n, -1))
 
-    def begin_task(self, t):
-        self.t = t
-
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        p, penalty = {}, 0
+        p, penalty, t = {}, 0, int(self.t)
         for name, pool in self.pools.items():
-            share = len(pool["key"]) // self.tasks                  # components per task
-            old, now = self.t * share, (self.t + 1) * share
+            share = len(pool["key"]) // self.tasks                   # components per task
+            old, now = t * share, (t + 1) * share
             use = {k: torch.cat([x[:old].detach(), x[old:now]]) for k, x in pool.items()}
-            a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)          # (B,m)
-            p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                                         # (B,L,D)
+            a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)   # (B,m)
+            p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                             # (B,L,D)
             for x in use.values():
                 x = x.flatten(1)
                 penalty = penalty + (x @ x.T - torch.eye(len(x), device=x.device)).square().mean()
         return Prompts({G: torch.cat([p["Q" + G], p["V" + G]], 1) for G in "GE"}, {"ortho": penalty}, {})
 
 
-class MaPLe(nn.Module):
+class MaPLe(Method):
     """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of them; no selection."""
 
-    def __init__(self, d_model, length=8, layers=None, **_):
+    def __init__(self, d_model, layers, length=8):
         super().__init__()
-        self.blocks = sorted(i for group in layers.values() for i in group)
-        self.layers, self.keep, self.weights = {str(i): (i,) for i in self.blocks}, False, {}
-        self.pools = nn.ParameterDict({str(i): torch.randn(length, d_model) * 0.02 for i in self.blocks})
-        self.couple = nn.ModuleDict({str(i): nn.Linear(d_model, d_model) for i in self.blocks})
+        blocks = sorted(i for group in layers.values() for i in group)
+        self.layers = {str(i): (i,) for i in blocks}
+        self.pools = nn.ParameterDict({str(i): torch.randn(length, d_model) * 0.02 for i in blocks})
+        self.couple = nn.ModuleDict({str(i): nn.Linear(d_model, d_model) for i in blocks})
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        both = {i: torch.cat([p, self.couple[i](p)], 0) for i, p in self.pools.items()}           # (2L,D)
+        both = {i: torch.cat([p, self.couple[i](p)], 0) for i, p in self.pools.items()}          # (2L,D)
         return Prompts({i: p.expand(len(F_q), -1, -1) for i, p in both.items()}, {}, {})
 
 
-METHODS = ("mmprompt", "none", "finetune", "joint", "l2p", "l2p-one-pool", "dualprompt", "coda", "maple")
+METHODS = {"mmprompt": MMPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "l2p": L2P, "l2p-one-pool": L2POnePool,
+           "dualprompt": DualPrompt, "coda": CODAPrompt, "maple": MaPLe}
 
 
-def build_method(args, width, tasks):
-    """The prompt module that --method names, or None for none, finetune and joint."""
-    layers = {"G": tuple(args.layers_g), "E": tuple(args.layers_e)}
-    common = dict(pool_sizes=dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes)), length=args.length, layers=layers)
-    if args.method == "mmprompt":
-        return MMPrompt(width, args.heads, top_k=args.top_k, mask_ratio=args.mask_ratio, use_query=args.use_query,
-                        use_intra=args.use_intra, use_inter=args.use_inter, alpha=args.alpha, beta=args.beta,
-                        qk_weight=args.qk_weight, temperature=args.temperature, keep=args.keep_prompts,
-                        query_fusion=args.query_fusion, recovery_fusion=args.recovery_fusion, w_res=args.w_res,
-                        mask_granularity=args.mask_granularity, **common)
-    make = {"l2p": L2P, "l2p-one-pool": functools.partial(L2P, shared=True), "dualprompt": DualPrompt, "coda": CODAPrompt,
-            "maple": MaPLe}.get(args.method)
-    if make is L2P or args.method == "l2p-one-pool":
-        return make(width, top_k=args.top_k, pool_sizes=common["pool_sizes"], qk_weight=args.qk_weight)
-    return make and make(width, tasks=tasks, qk_weight=args.qk_weight, ortho=args.ortho_weight, **common)
+def build_method(args, backbone, stream):
+    """The method that --method names.  Each class is given those of the flags that it has an argument for, and args.options:
+    what has no flag (a table's row sets it)."""
+    kind = METHODS[args.method]
+    flags = {"n_heads": args.heads, "layers": {"G": tuple(args.layers_g), "E": tuple(args.layers_e)}, "tasks": len(stream),
+             "pool_sizes": dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes)),
+             **{k: getattr(args, k) for k in ("length", "top_k", "mask_ratio", "alpha", "beta", "qk_weight", "use_query",
+                                              "use_intra", "use_inter")}}
+    wanted = inspect.signature(kind).parameters
+    with metrics.one_clear_line():
+        return kind(backbone.width, **{**{k: v for k, v in flags.items() if k in wanted}, **args.options})
 
 
-# ========================================================================================== train and evaluate
+# ============================================================================================= learn and test
+# The protocol.  `run` reads like the paper's: tasks arrive one after the other; after each, the model is asked about all
+# tasks so far without being told which is which.  `learn_task` is one task, `learn_epoch` one pass over its samples.
 
 
-class Learner:
-    """A backbone, a prompt method (or none), and what the arguments let learn."""
+def load_stream(args):
+    """The tasks of a run, in the order asked for; the run's seed decides world and splits."""
+    more = {"sizes": args.sizes} if args.data == "mini" else {}
+    return data.vqa_stream(args.setting, args.data, args.root, args.seed, **more).reorder(args.order)
 
-    def __init__(self, args, model, method):
-        self.args, self.model, self.method = args, model, method
-        self.full = args.method in ("finetune", "joint")
-        device = torch.device(args.device)
-        self.amp = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bf16" else nullcontext
 
-    def begin(self, t):
-        """Decide what task t may change, and make its optimiser."""
-        self.model.requires_grad_(False)
-        if self.full:
-            self.model.t5.requires_grad_(True)
-        elif self.args.train_decoder:
-            self.model.t5.decoder.requires_grad_(True)
-            self.model.t5.get_input_embeddings().requires_grad_(False)   # shared with the frozen encoder
-        vision = self.args.train_vision
-        if self.args.method != "none" and (vision == "always" or vision == "first" and t == 0):
-            self.model.visual.requires_grad_(True)
-        if hasattr(self.method, "begin_task"):
-            self.method.begin_task(t)
-        if self.args.freeze_query and self.args.method == "mmprompt":
-            self.method.query.requires_grad_(t == 0)
-        rates = {"pools": self.args.lr, "attention": self.args.lr_attention, "backbone": self.args.lr_backbone}
-        groups = {k: [] for k in rates}
-        for name, p in self.trainable().items():
-            kind = "pools" if "pools." in name else "attention" if name.startswith(("method.", "model.visual.")) else "backbone"
-            groups["backbone" if self.full else kind].append(p)
-        # No decay on prompts and keys: it would shrink those that this task never touches.
-        groups = [{"params": ps, "lr": rates[k], "weight_decay": 0.0 if k == "pools" else self.args.weight_decay}
-                  for k, ps in groups.items() if ps]
-        fused = torch.device(self.args.device).type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(groups, fused=fused) if groups else None
-        self.rates = [group["lr"] for group in groups]
+def what_learns(args, backbone, method, t):
+    """{name: parameter} of what task t may change.  Everything else is frozen."""
+    backbone.requires_grad_(False)
+    whole_t5, frozen = getattr(method, "whole_t5", False), isinstance(method, Frozen) and not method.whole_t5
+    if whole_t5:
+        backbone.t5.requires_grad_(True)
+    elif args.train_decoder and not frozen:
+        backbone.t5.decoder.requires_grad_(True)
+        backbone.t5.get_input_embeddings().requires_grad_(False)     # shared with the frozen encoder
+    if not frozen and (args.train_vision == "always" or args.train_vision == "first" and t == 0):
+        backbone.visual.requires_grad_(True)
+    return {f"{k}.{name}": p for k, part in (("backbone", backbone), ("method", method))
+            for name, p in part.named_parameters() if p.requires_grad}
 
-    def trainable(self):
-        """{name: parameter} of everything that learns now."""
-        parts = [("model", self.model)] + ([("method", self.method)] if self.method is not None else [])
-        return {f"{a}.{k}": p for a, part in parts for k, p in part.named_parameters() if p.requires_grad}
 
-    def snapshot(self):
-        return {k: p.detach().cpu().clone() for k, p in self.trainable().items()}
+def make_optimizer(args, method, learning):
+    """AdamW with a rate for each kind: prompts and keys, attention modules (and eyes), backbone.
+    No decay on prompts and keys: it would shrink those that this task never touches."""
+    rates = {"pools": args.lr, "attention": args.lr_attention, "backbone": args.lr_backbone}
+    groups = {kind: [] for kind in rates}
+    for name, p in learning.items():
+        if getattr(method, "whole_t5", False):
+            kind = "backbone"
+        elif "pools." in name:
+            kind = "pools"
+        else:
+            kind = "attention" if name.startswith(("method.", "backbone.visual.")) else "backbone"
+        groups[kind].append(p)
+    groups = [{"params": parameters, "lr": rates[kind], "weight_decay": 0.0 if kind == "pools" else args.weight_decay}
+              for kind, parameters in groups.items() if parameters]
+    return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
 
-    def restore(self, state):
-        own = {f"{a}.{k}": p for a, part in (("model", self.model), ("method", self.method)) if part is not None
-               for k, p in part.named_parameters()}
-        with torch.no_grad():
-            for k, v in state.items():
-                own[k].copy_(v)
-        if any(k.startswith("model.visual.") for k in state):        # else every picture would be embedded again each task
-            self.model.memo.clear()
 
-    def loss(self, samples, answers):
-        """Eq. 11 on a batch."""
-        with self.amp():
-            hidden, mask, out = self.model.encode(*self.model.embed(samples), self.method, self.args.train_modality)
-            ce = self.model.loss(hidden, mask, answers)
-        return total_loss(ce, out.losses, self.method.weights) if out else ce
+def learn_task(args, backbone, method, task, run, past=()):
+    """Train on one task; in DI on its subtasks, one after the other, each followed by a row of its own small matrix (F_intra).
+    past: earlier tasks, for --memory."""
+    memory = replay(args, past)
+    for s, part in run.parts(task.subtasks or [task]):
+        learning = what_learns(args, backbone, method, run.stage)
+        if not learning:                                             # the frozen bound
+            continue
+        optimizer = make_optimizer(args, method, learning)           # a new one for each task: no momentum of the last
+        for epoch in run.epochs(args.epochs, learning, optimizer, part.name):
+            loss = learn_epoch(args, backbone, method, part.train, memory, optimizer, run, epoch)
+            known = evaluate(args, backbone, method, part.val, args.train_modality)["score"] if part.val else None
+            run.keep(loss, known)
+        if task.subtasks:
+            seen = [getattr(one, args.split) for one in task.subtasks[:s + 1]]
+            row = [evaluate(args, backbone, method, samples)["score"] if samples else 0.0 for samples in seen]
+            run.kept.setdefault("intra", {}).setdefault(str(run.stage), []).append(row)
 
-    def epoch(self, samples, memory, seed, where, bar, done=0.0, share=1.0):
-        """One pass over the samples in an order, with answers and masks, that depend on `seed` alone.
-        --schedule linear: learning rates fall to zero over the task; this epoch begins at `done` of it and is `share` of it."""
-        rng = random.Random(seed)
-        torch.manual_seed(rng.getrandbits(48))
-        order = rng.sample(samples, len(samples))
-        if self.method is not None:
-            self.method.train()
-        total = steps = 0
-        B = self.args.batch
-        starts = range(0, len(order), B)
-        for step, i in enumerate(starts):
-            batch = order[i:i + B] + (rng.sample(memory, min(B, len(memory))) if memory else [])
-            loss = self.loss(batch, [draw_answer(rng, s.answers) for s in batch])
-            if not torch.isfinite(loss):
-                raise InputError(f"the loss is {loss.item()} at {where}, step {step}, lr {self.args.lr:g}; lower --lr, --lr-attention "
-                                 "or --lr-backbone")
-            if self.args.schedule == "linear":
-                for group, rate in zip(self.optimizer.param_groups, self.rates):
-                    group["lr"] = rate * (1 - done - share * step / len(starts))
-            (loss / self.args.accum).backward()
-            if (step + 1) % self.args.accum == 0 or step + 1 == len(starts):
-                nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.args.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total, steps = total + loss.item(), steps + 1
-            bar.set_postfix_str(f"{where} loss {total / steps:.3f}")
-            bar.update()
-        return total / max(steps, 1)
 
-    @torch.no_grad()
-    def evaluate(self, samples, modality=None, counts=None):
-        """(score, token F1) in points on test samples.  Each prediction depends on its own sample alone."""
-        self._eval()
-        score = f1 = 0.0
-        for i in range(0, len(samples), self.args.eval_batch):
-            part = samples[i:i + self.args.eval_batch]
-            with self.amp():
-                hidden, mask, out = self.model.encode(*self.model.embed(part), self.method, modality or self.args.modality)
-                answers = self.model.answer(hidden, mask)
-            for s, a in zip(part, answers):
-                score += metrics.vqa_accuracy(a, s.answers)
-                f1 += max(metrics.token_f1(a, truth) for truth in set(s.answers))
-            for pool, chosen in (out.chosen if out and counts is not None else {}).items():
-                counts.setdefault(pool, Counter()).update(chosen.flatten().tolist())
-        return 100 * score / len(samples), 100 * f1 / len(samples)
+def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
+    """One pass over the samples.  Their order, answers and masks depend on seed, task, subtask and epoch alone, so that a
+    resumed run draws what the whole one would have drawn.  Returns the mean loss."""
+    rng = random.Random(f"{args.seed} {run.stage} {run.part} {epoch}")
+    torch.manual_seed(rng.getrandbits(48))
+    order = rng.sample(samples, len(samples))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group.setdefault("first_lr", group["lr"]) for group in optimizer.param_groups]
+    falling = getattr(method, "schedule", "constant") == "linear"    # to zero, over the epochs of the task
+    method.train()
+    total, bar = 0.0, run.bar(range(0, len(order), args.batch))
+    for step, i in enumerate(bar):
+        batch = order[i:i + args.batch]
+        if memory:
+            batch = batch + rng.sample(memory, min(args.batch, len(memory)))
+        loss = batch_loss(args, backbone, method, batch, [draw_answer(rng, s.answers) for s in batch])
+        run.check(loss.item(), step, optimizer)
+        if falling:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
+        (loss / args.accum).backward()
+        if (step + 1) % args.accum == 0 or step + 1 == len(bar):
+            nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.item()
+        bar.set_postfix_str(f"loss {total / (step + 1):.3f}")
+    return total / max(len(bar), 1)
 
-    def _eval(self):
-        if self.method is not None:
-            self.method.eval()
+
+def batch_loss(args, backbone, method, samples, answers):
+    """Eq. 11 on a batch: prompts in, answer out."""
+    with precision(args):
+        hidden, mask, out = backbone.encode(*backbone.embed(samples), method, args.train_modality)
+        ce = backbone.loss(hidden, mask, answers)
+    return total_loss(ce, out.losses, method.weights)
+
+
+def precision(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
 
 
 def draw_answer(rng, answers):
@@ -817,325 +832,225 @@ def draw_answer(rng, answers):
     return rng.choices(list(count), [min(1.0, c / 3) for c in count.values()])[0]
 
 
-def load_stream(args, seed):
-    """The tasks of a run, in the order asked for."""
-    more = {"sizes": args.sizes} if args.data == "mini" else {}
-    return data.vqa_stream(args.setting, args.data, args.root, args.data_seed if args.data_seed is not None else seed,
-                           **more).reorder(args.order)
-
-
-def load_backbone(args, stream):
-    """The frozen encoder-decoder with its eyes: the small one, or any T5 with any CLIP-like vision model or feature files."""
-    mini_world = args.data == "mini"
-    if args.backbone != "mini" and mini_world:
-        raise InputError("--data mini has pictures of its own for the small backbone; with --backbone give your own --data")
-    root = stream.extra.get("root")
-    if not mini_world and not args.features:
-        first = data.inside(root, stream.tasks[0].train[0].image)
-        if not first.exists():
-            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name region features "
-                             "with --features")
-    device = torch.device(args.device)
-    if args.backbone == "mini":
-        texts = [] if mini_world else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        t5, tokenizer, visual = mini_backbone(texts, 40 if args.smoke else MINI_STEPS, device, args.backbone_seed)
-        pictures = world_regions(stream.extra["regions"]) if mini_world else picture_regions(root)
-    else:
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-        t5, tokenizer = (from_pretrained(c, args.backbone, "--backbone") for c in (AutoModelForSeq2SeqLM, AutoTokenizer))
-        if not hasattr(t5, "encoder") or not hasattr(t5.encoder, "block"):
-            raise InputError(f"--backbone {args.backbone} is a {type(t5).__name__}; the prompts need a T5-family encoder-decoder")
-        if not args.features and not args.vision:
-            raise InputError("--backbone other than mini needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
-        pictures, visual = (None, None) if args.features else (grid_features(args.vision, root, device), None)
-    if args.features:
-        pictures, visual = region_files(args.features, root), None
-    if visual is None:                                               # width of the features: ask the first picture
-        width = pictures(stream.tasks[0].train[0].image)[0].shape[1]
-        torch.manual_seed(0)
-        visual = VisualEmbedding(width, t5.config.d_model)
-        args.train_vision = args.train_vision or "first"
-    args.train_vision = args.train_vision or "never"
-    blocks, wanted = len(t5.encoder.block), max(args.layers_g + args.layers_e)
-    if wanted >= blocks:
-        raise InputError(f"--layers-g/--layers-e name block {wanted}, but the encoder has blocks 0..{blocks - 1}")
-    prefix = "" if args.backbone == "mini" else args.prefix
-    return VQABackbone(t5, tokenizer, visual, pictures, prefix, args.max_question, args.max_answer).to(device)
-
-
-def deciding(args, seed):
-    """The arguments that decide a run's outcome; the others (where, how it is shown) may differ when a run is resumed."""
-    free = {"out", "resume", "seeds", "device", "table", "rows", "bench", "quiet"}
-    return {**{k: v for k, v in vars(args).items() if k not in free}, "seed": seed}
-
-
-def run(args, seed, folder):
-    """One run with one seed.  Returns what results.json holds."""
-    args = argparse.Namespace(**vars(args))
-    torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts add up in a fixed order
-    stream = load_stream(args, seed)
-    T = len(stream)
-    model = load_backbone(args, stream)
-    torch.manual_seed(seed)
-    method = build_method(args, model.width, T)
-    method = method.to(args.device) if method is not None else None
-    learner = Learner(args, model, method)
-    record = metrics.Run(folder, deciding(args, seed), args.resume)
-    say = (lambda *a: None) if args.quiet else tqdm.write
-
-    learner.begin(0)
-    trainable = sum(p.numel() for p in learner.trainable().values()) if args.method != "none" else 0
-    total = sum(p.numel() for part in (model, method) if part is not None for p in part.parameters())
-    say(f"method {args.method} · setting {args.setting} · data {stream.extra.get('version', args.data)} · backbone {args.backbone} "
-        f"· seed {seed} · {args.device}\n{data.describe(stream)}\ntrainable {trainable:,} of {total:,} parameters · batch {args.batch}"
-        f"{f' x {args.accum}' if args.accum > 1 else ''} · epochs {args.epochs} · greedy decoding, no task id at test, "
-        f"replay buffer {args.memory}")
-
-    state = record.state or {"t": 0, "s": 0, "epoch": 0, "matrix": [], "intra": {}, "weights": None, "best": None, "optimizer": None}
-    A = np.full((T, T), np.nan)
-    for t, row in enumerate(state["matrix"]):
-        A[t, :len(row)] = row
-    intra = {int(t): rows for t, rows in state["intra"].items()}     # outer task -> rows of its subtask matrix
-    if state["weights"]:
-        learner.restore(state["weights"])
-    lessons, row, counts = lesson_plan(args, stream), [], []
-    steps = sum(math.ceil(len(part.train) / args.batch) for parts in lessons for part in parts) * args.epochs
-    bar = tqdm(total=steps, disable=args.quiet, mininterval=1, leave=False)
-    try:
-        for t, parts in enumerate(lessons):
-            if t < state["t"]:
-                bar.update(sum(math.ceil(len(p.train) / args.batch) for p in parts) * args.epochs)
-                continue
-            memory = buffer(args.memory, stream.tasks[:t], seed)
-            for s, part in enumerate(parts):
-                learner.begin(t)
-                resumed = t == state["t"] and s == state["s"]
-                if t == state["t"] and s < state["s"]:               # learned before a kill
-                    continue
-                best = state["best"] if resumed else None
-                if resumed and state["optimizer"]:
-                    learner.optimizer.load_state_dict(state["optimizer"])
-                for epoch in range(state["epoch"] if resumed else 0, args.epochs if learner.optimizer else 0):
-                    where = f"task {t + 1}/{T} {part.name[:16]} epoch {epoch + 1}/{args.epochs}"
-                    loss = learner.epoch(part.train, memory, f"{seed} {t} {s} {epoch}", where, bar, epoch / args.epochs, 1 / args.epochs)
-                    value = learner.evaluate(part.val, args.train_modality)[0] if part.val and args.select == "best" else epoch
-                    if best is None or value >= best["value"]:
-                        best = {"value": value, "weights": learner.snapshot()}
-                    record.log(task=t, subtask=s, epoch=epoch, loss=loss, validation=value if args.select == "best" else None)
-                    record.checkpoint(t=t, s=s, epoch=epoch + 1, matrix=rows_of(A), intra=intra, best=best,
-                                      weights=everything(learner), optimizer=learner.optimizer.state_dict())
-                if best:
-                    learner.restore(best["weights"])
-                if len(parts) > 1:                                   # F_intra: the subtasks of this task so far
-                    intra.setdefault(t, [])
-                    intra[t] = intra[t][:s] + [[learner.evaluate(p.test)[0] if p.test else 0.0 for p in parts[:s + 1]]]
-                record.checkpoint(t=t, s=s + 1, epoch=0, matrix=rows_of(A), intra=intra, best=None, weights=everything(learner),
-                                  optimizer=None)
-            counts = [{} for _ in range(t + 1)]
-            row = [learner.evaluate(task.test, counts=c) for task, c in zip(stream.tasks[:t + 1], counts)] \
-                if args.method != "joint" or t + 1 == T else [(0.0, 0.0)] * (t + 1)
-            A[t, :t + 1] = [score for score, _ in row]
-            record.checkpoint(t=t + 1, s=0, epoch=0, matrix=rows_of(A), intra=intra, best=None, weights=everything(learner),
-                              optimizer=None)
-            if args.method not in ("joint", "none") or t + 1 == T:
-                say(f"\nafter task {t + 1} of {T}\n{metrics.format_matrix(A[:t + 1], stream.names)}")
-    finally:
-        bar.close()
-    if args.method == "joint":                                       # one training, one evaluation: every row is the last
-        A = np.where(np.tri(T) == 1, A[-1], np.nan)
-    return finish(args, seed, stream, learner, record, A, intra, trainable, total - trainable, say, row, counts)
-
-
-def lesson_plan(args, stream):
-    """What is trained on, task by task: a task, its subtasks in DI, everything at once (in the last place) for joint."""
-    if args.method == "joint":
-        pool = lambda k: [s for task in stream.tasks for s in getattr(task, k)]
-        return [[] for _ in stream.tasks[1:]] + [[data.Task("all tasks", pool("train"), pool("val"), pool("test"))]]
-    return [task.subtasks or [task] for task in stream.tasks]
-
-
-def buffer(size, past, seed):
-    """Replay samples: `size` in all, shared equally by the past tasks, drawn at random from each (Table 3)."""
-    if not size or not past:
+def replay(args, past):
+    """Replay samples: --memory in all, shared equally by the past tasks, drawn at random from each (Table 3)."""
+    if not args.memory or not past:
         return []
+    share = args.memory // len(past)
     return [s for i, task in enumerate(past)
-            for s in random.Random(f"memory {seed} {i}").sample(task.train, min(len(task.train), size // len(past)))]
+            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, min(len(task.train), share))]
 
 
-def everything(learner):
-    """All tensors that any task may have changed, for the checkpoint."""
-    out = {f"method.{k}": p for k, p in learner.method.named_parameters()} if learner.method is not None else {}
-    part = learner.model if learner.full else learner.model.t5.decoder if learner.args.train_decoder else None
-    if part is not None:
-        names = {id(p): k for k, p in learner.model.named_parameters()}
-        out |= {f"model.{names[id(p)]}": p for p in part.parameters()}
-    out |= {f"model.visual.{k}": p for k, p in learner.model.visual.named_parameters()}
-    return {k: p.detach().cpu().clone() for k, p in out.items()}
+@torch.no_grad()
+def evaluate(args, backbone, method, samples, modality=None):
+    """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction depends on its own
+    sample alone.  modality: what the encoder sees, default --modality."""
+    method.eval()
+    score, f1, chosen = 0.0, 0.0, {}
+    for i in range(0, len(samples), args.eval_batch):
+        part = samples[i:i + args.eval_batch]
+        with precision(args):
+            hidden, mask, out = backbone.encode(*backbone.embed(part), method, modality or args.modality)
+            answers = backbone.answer(hidden, mask)
+        for s, answer in zip(part, answers):
+            score += metrics.vqa_accuracy(answer, s.answers)
+            f1 += max(metrics.token_f1(answer, truth) for truth in set(s.answers))
+        for pool, numbers in out.chosen.items():
+            chosen.setdefault(pool, Counter()).update(numbers.flatten().tolist())
+    return {"score": 100 * score / len(samples), "f1": 100 * f1 / len(samples),
+            "chosen": {pool: dict(sorted(count.items())) for pool, count in chosen.items()}}
 
 
-def rows_of(A):
-    return [row[:t + 1].tolist() for t, row in enumerate(A) if not np.isnan(row[0])]
+def run(args, folder):
+    """One run with one seed (args.seed).  Returns what results.json holds."""
+    stream = load_stream(args)
+    metrics.prepare(args, small=args.backbone == "mini")
+    backbone = load_backbone(args, stream)
+    torch.manual_seed(args.seed)
+    method = build_method(args, backbone, stream).to(args.device)
+    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet)
+    count = announce(args, stream, backbone, method, run)
+
+    run.restore(**may_change(args, backbone, method))                # what a killed run had learned
+    one_stage = getattr(method, "one_stage", False)                  # the bounds none and joint know no tasks
+    for t, task in run.tasks(stream.mixed() if one_stage else stream.tasks):
+        if run.fresh:                                                # a killed run may have begun it
+            method.begin_task(t)
+        learn_task(args, backbone, method, task, run, stream.tasks[:t])
+        method.end_task()
+        seen = stream.tasks if one_stage else stream.tasks[:t + 1]
+        run.kept["last"] = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
+        run.row([answers["score"] for answers in run.kept["last"]])
+
+    values, selection = measure(args, stream, backbone, method, run)
+    return run.finish(values, method.state_dict(), f"{args.method} {args.setting}: score on task (column) after (row)",
+                      **count, selection=selection, intra=run.kept.get("intra", {}), world=stream.extra.get("version"),
+                      protocol={"task id at test": False, "replay": args.memory, "select": "best on validation"},
+                      counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
 
 
-def finish(args, seed, stream, learner, record, A, intra, trainable, frozen, say, row, counts):
-    """The last row again with one modality hidden (Eq. 12-13), the metrics, the files, and the copy-paste line."""
-    known = len(row) == len(stream) and args.modality == "joint"     # not known after resuming a run that was all but done
-    counts = counts if known else [{} for _ in stream.tasks]
-    by = {m: row if known and m == "joint" else [learner.evaluate(task.test, m, c if m == "joint" else None)
-                                                 for task, c in zip(stream.tasks, counts)] for m in ("joint", "v", "q")}
-    mean = {m: float(np.mean([score for score, _ in rows])) for m, rows in by.items()}
+def announce(args, stream, backbone, method, run):
+    """Says what is about to run; returns how many parameters learn and how many are frozen."""
+    trainable = sum(p.numel() for p in what_learns(args, backbone, method, 0).values())
+    total = sum(p.numel() for part in (backbone, method) for p in part.parameters())
+    run.say(f"method {args.method} · setting {args.setting} · data {stream.extra.get('version', args.data)} · backbone {args.backbone} "
+            f"{args.backbone_seed} · seed {args.seed} · {args.device}\n{data.describe(stream)}\ntrainable {trainable:,} of {total:,} "
+            f"parameters · batch {args.batch} x {args.accum} · epochs {args.epochs} · greedy decoding, no task id at test, "
+            f"replay buffer {args.memory}")
+    return {"trainable": trainable, "frozen": total - trainable}
+
+
+def may_change(args, backbone, method):
+    """The modules that some task may change: what a checkpoint must hold."""
+    modules = {"method": method, "visual": backbone.visual}
+    if getattr(method, "whole_t5", False):
+        modules["t5"] = backbone.t5
+    elif args.train_decoder:
+        modules["decoder"] = backbone.t5.decoder
+    return modules
+
+
+def measure(args, stream, backbone, method, run):
+    """({metric: value}, {pool: for each task, how often each prompt was chosen}) of a run whose tasks are all learned.
+    Each task is answered again with one modality hidden (Eq. 12-13)."""
+    tests = [getattr(task, args.split) for task in stream.tasks]
+    by = {m: run.kept["last"] if m == args.modality else [evaluate(args, backbone, method, samples, m) for samples in tests]
+          for m in ("joint", "v", "q")}
+    mean = {m: float(np.mean([answers["score"] for answers in rows])) for m, rows in by.items()}
+    A = np.where(np.isnan(run.A) & (np.tri(len(tests)) == 1), run.A[-1], run.A)                  # one stage: nothing to forget
     values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "F_inter_own": metrics.forgetting(A, "own"),
-              "token_F1": float(np.mean([f1 for _, f1 in by["joint"]])), "A_v_only": mean["v"], "A_q_only": mean["q"],
+              "token_F1": float(np.mean([answers["f1"] for answers in by["joint"]])), "A_v_only": mean["v"], "A_q_only": mean["q"],
               "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
               "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
-    if intra:
-        square = [np.array([r + [np.nan] * (len(rows) - len(r)) for r in rows]) for rows in intra.values()]
-        values["F_intra"] = metrics.intra_forgetting(square)
-    if args.method == "joint":                                       # joint training knows no tasks: one model, scored for QI too
+    if run.kept.get("intra"):
+        squares = [np.array([row + [np.nan] * (len(rows) - len(row)) for row in rows]) for rows in run.kept["intra"].values()]
+        values["F_intra"] = metrics.intra_forgetting(squares)
+    if isinstance(method, Joint):                                    # one model for all settings: scored as QI's tasks too
         by_type = {}
-        for task in stream.tasks:
-            for s in task.test:
-                by_type.setdefault(s.question_type, []).append(s)
-        values["A_by_type"] = float(np.mean([learner.evaluate(part)[0] for part in by_type.values()]))
-    pools = sorted({p for c in counts for p in c})
-    selection = {p: [dict(sorted(c.get(p, Counter()).items())) for c in counts] for p in pools}
-    prompts = dict(learner.method.state_dict()) if learner.method is not None else None
-    results = record.finish(A, stream.names, values, prompts, f"{args.method} {args.setting}: score on task (column) after (row)",
-                            trainable=trainable, frozen=frozen, selection=selection, intra=intra,
-                            protocol={"task id at test": False, "replay": args.memory, "select": args.select},
-                            world=stream.extra.get("version"), counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
-    return results
+        for sample in (s for samples in tests for s in samples):
+            by_type.setdefault(sample.question_type, []).append(sample)
+        values["A_by_type"] = float(np.mean([evaluate(args, backbone, method, some)["score"] for some in by_type.values()]))
+    pools = sorted({pool for answers in by["joint"] for pool in answers["chosen"]})
+    return values, {pool: [answers["chosen"].get(pool, {}) for answers in by["joint"]] for pool in pools}
 
 
-# ===================================================================================================== the paper's tables
-# Each row: label, the flags that make it, and what the paper prints (VQA v2; A / F_inter).
+# ===================================================================================================== tables
+# Each row: label, the arguments that make it, and what the paper prints (VQA v2; A / F_inter).  "options" are arguments of
+# the method's class that have no flag.  A table is {name: (title, label that the others are compared with, rows)}.
 SETTINGS = ("CI", "QI", "DI")
 COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
-PAPER_1 = {"l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)), "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
-           "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)), "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
-           "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)), "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
-OURS = (36.223, 0.447)
-NO_RECOVERY = {"use_intra": False, "use_inter": False}
-ISOLATED = {"use_query": False, **NO_RECOVERY}
+PAPER_1 = {                                                          # Table 1: CI, QI, DI
+    "l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)),
+    "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
+    "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)),
+    "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
+    "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
+    "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
+OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))               # the method itself, a row of nearly every table
+DI = {"setting": "DI"}
+NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
+ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
+PAPERS = "; the paper's numbers are its VQA v2"
+
+
+def ours(label):
+    """The method's row under the label that a table gives it."""
+    return (label, *OURS[1:])
+
+
 TABLES = {
-    "1": [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
-          for i, setting in enumerate(SETTINGS) for method in METHODS    # DI's eight tasks are CI's; joint training has no tasks
-          if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))],
-    "2": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
-          ("CQ", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)), ("CQ + CR", {"setting": "DI"}, OURS)],
-    "query": [("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
-              ("CQ", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)),
-              ("CQ learned in task 1 only", {"setting": "DI", **NO_RECOVERY, "freeze_query": True}, None),
-              ("CQ + CR", {"setting": "DI"}, OURS), ("CQ learned in task 1 only + CR", {"setting": "DI", "freeze_query": True}, None)],
-    "3": [(f"{method} memory {m}", {"setting": "DI", "method": method, "memory": m}, paper) for method, m, paper in (
-        ("dualprompt", 500, (27.641, 3.765)), ("coda", 500, (30.632, 2.471)), ("maple", 500, (30.049, 3.112)),
-        ("mmprompt", 500, (32.394, 2.259)), ("mmprompt", 200, (29.945, 3.112)), ("mmprompt", 1000, (34.268, 2.427)))],
-    "9": [(" ".join(map(str, sizes)), {"setting": "DI", "pool_sizes": sizes}, paper) for sizes, paper in (
-        ([10, 80, 10, 80], (35.79, 0.914)), ([50, 50, 50, 50], (35.168, 1.268)), ([40, 60, 80, 120], OURS),
-        ([60, 80, 100, 140], (34.851, 0.985)))],
-    "10": [("no recovery", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)),
-           ("intra", {"setting": "DI", "use_inter": False}, (35.150, 1.140)),
-           ("inter", {"setting": "DI", "use_intra": False}, (35.318, 1.071)), ("intra + inter", {"setting": "DI"}, OURS)],
-    "11": [("no loss", {"setting": "DI", "alpha": 0.0, "beta": 0.0}, (34.260, 1.871)),
-           ("L_intra", {"setting": "DI", "alpha": 0.0}, (34.743, 1.531)), ("L_inter", {"setting": "DI", "beta": 0.0}, (35.059, 1.204)),
-           ("L_intra + L_inter", {"setting": "DI"}, OURS)],
-    "12": [(f, {"setting": "DI", "query_fusion": f}, paper) for f, paper in (
-        ("plus", (34.275, 1.731)), ("mean", (34.398, 2.015)), ("hadamard", (34.702, 1.142)), ("cross-attention", (34.891, 1.202)),
-        ("query", OURS))],
-    "13": [(f, {"setting": "DI", "recovery_fusion": f}, paper) for f, paper in (
-        ("plus", (33.850, 1.335)), ("mean", (34.170, 1.405)), ("hadamard", (34.212, 1.274)), ("cross-attention", (34.628, 1.428)),
-        ("recovery", OURS))],
-    "fig4c": [(f"delta {d}", {"setting": "DI", "mask_ratio": d}, OURS if d == 0.05 else None) for d in (0.01, 0.03, 0.05, 0.07, 0.10)],
-    "fig4d": [(f"alpha {a}", {"setting": "DI", "alpha": a}, OURS if a == 1.0 else None) for a in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)],
-    "fig9": [(f"beta {b}", {"setting": "DI", "beta": b}, OURS if b == 0.3 else None) for b in (0.1, 0.2, 0.3, 0.4, 0.5)],
-    "bounds": [("zero-shot", {"setting": "CI", "method": "none"}, None), ("joint", {"setting": "CI", "method": "joint"}, None)] +
-              [(f"{setting} fine-tuning", {"setting": setting, "method": "finetune"}, None) for setting in SETTINGS] +
-              [(f"joint, {word} only", {"setting": "CI", "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
-               for word, m in (("question", "q"), ("picture", "v"))],
+    "1": ("Table 1 on mini" + PAPERS, "{} mmprompt",
+          [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
+           for i, setting in enumerate(SETTINGS) for method in METHODS   # DI's eight tasks are CI's; joint training has no tasks
+           if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))]),
+    "2": ("Table 2 on mini" + PAPERS, "CQ + CR", [ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)), OURS]),
+    "query": ("Eq. 1 learned in the first task only, on mini" + PAPERS, "CQ + CR", [
+        ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)),
+        ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"freeze_query": True}}, None),
+        OURS, ("CQ learned in task 1 only + CR", {**DI, "options": {"freeze_query": True}}, None)]),
+    "3": ("Table 3 on mini" + PAPERS, None, [
+        (f"{method} memory {m}", {**DI, "method": method, "memory": m}, paper) for method, m, paper in (
+            ("dualprompt", 500, (27.641, 3.765)), ("coda", 500, (30.632, 2.471)), ("maple", 500, (30.049, 3.112)),
+            ("mmprompt", 500, (32.394, 2.259)), ("mmprompt", 200, (29.945, 3.112)), ("mmprompt", 1000, (34.268, 2.427)))]),
+    "9": ("Table 9 on mini" + PAPERS, "40 60 80 120", [
+        ("10 80 10 80", {**DI, "pool_sizes": [10, 80, 10, 80]}, (35.79, 0.914)),
+        ("50 50 50 50", {**DI, "pool_sizes": [50, 50, 50, 50]}, (35.168, 1.268)), ours("40 60 80 120"),
+        ("60 80 100 140", {**DI, "pool_sizes": [60, 80, 100, 140]}, (34.851, 0.985))]),
+    "10": ("Table 10 on mini" + PAPERS, "intra + inter", [
+        ("no recovery", NO_RECOVERY, (34.990, 0.588)), ("intra", {**DI, "use_inter": False}, (35.150, 1.140)),
+        ("inter", {**DI, "use_intra": False}, (35.318, 1.071)), ours("intra + inter")]),
+    "11": ("Table 11 on mini" + PAPERS, "L_intra + L_inter", [
+        ("no loss", {**DI, "alpha": 0.0, "beta": 0.0}, (34.260, 1.871)), ("L_intra", {**DI, "alpha": 0.0}, (34.743, 1.531)),
+        ("L_inter", {**DI, "beta": 0.0}, (35.059, 1.204)), ours("L_intra + L_inter")]),
+    "12": ("Table 12 on mini" + PAPERS, "query", [
+        *((f, {**DI, "options": {"query_fusion": f}}, paper) for f, paper in (
+            ("plus", (34.275, 1.731)), ("mean", (34.398, 2.015)), ("hadamard", (34.702, 1.142)), ("cross-attention", (34.891, 1.202)))),
+        ours("query")]),
+    "13": ("Table 13 on mini" + PAPERS, "recovery", [
+        *((f, {**DI, "options": {"recovery_fusion": f}}, paper) for f, paper in (
+            ("plus", (33.850, 1.335)), ("mean", (34.170, 1.405)), ("hadamard", (34.212, 1.274)), ("cross-attention", (34.628, 1.428)))),
+        ours("recovery")]),
+    "fig4c": ("Fig. 4c on mini" + PAPERS, "delta 0.05", [
+        (f"delta {x}", {**DI, "mask_ratio": x}, OURS[2] if x == 0.05 else None) for x in (0.01, 0.03, 0.05, 0.07, 0.10)]),
+    "fig4d": ("Fig. 4d on mini" + PAPERS, "alpha 1.0", [
+        (f"alpha {x}", {**DI, "alpha": x}, OURS[2] if x == 1.0 else None) for x in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)]),
+    "fig9": ("Fig. 9 on mini" + PAPERS, "beta 0.3", [
+        (f"beta {x}", {**DI, "beta": x}, OURS[2] if x == 0.3 else None) for x in (0.1, 0.2, 0.3, 0.4, 0.5)]),
+    "bounds": ("Bounds of mini", None, [
+        ("CI zero-shot", {"setting": "CI", "method": "none"}, None), ("QI zero-shot", {"setting": "QI", "method": "none"}, None),
+        ("joint", {"setting": "CI", "method": "joint"}, None),
+        *((f"{setting} fine-tuning", {"setting": setting, "method": "finetune"}, None) for setting in SETTINGS),
+        *((f"joint, {word} only", {"setting": "CI", "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
+          for word, m in (("question", "q"), ("picture", "v")))]),
 }
 
-
-def table(args):
-    """One of TABLES, a run for every row and seed: see metrics.run_table."""
-    rows = TABLES[args.table]
-    default = next((label for label, flags, _ in rows if flags == {"setting": "DI"}), None)
-    against = (lambda label: f"{label.split()[0]} mmprompt") if args.table == "1" else lambda label: default
-
-    def settle(one):
-        one.backbone_seed = one.seed if one.backbone_seed is None else one.backbone_seed
-        return (one := settled(one)), deciding(one, one.seed)
-    title = f"Table {args.table} on {args.data}; the paper's numbers are its VQA v2"
-    metrics.run_table(args, title, rows, [{"seed": s} for s in args.seeds], settle, lambda one, folder: run(one, one.seed, folder),
-                      args.out, COLUMNS, ("A", "F_inter"), against, "A / F_inter", args.rows)
-
-
-# ============================================================================================================= --bench
+# =============================================================================================== command line
+# What the prompts cost (--bench), the flags, and `main`, where everything starts.
 
 
 def bench(args):
     """Cost of the prompts against the frozen encoder they are injected into, at T5-base shapes with random weights."""
     from transformers import T5Config, T5ForConditionalGeneration
-    device = torch.device(args.device)
-    small = args.smoke
-    B, Nq, Nv, D = (8, 8, 6, 64) if small else (100, 20, 36, 768)
-    config = T5Config(d_model=D, d_kv=D // 12 if D % 12 == 0 else 16, d_ff=4 * D, num_heads=12 if D % 12 == 0 else 4,
-                      num_layers=6 if small else 12, num_decoder_layers=1, vocab_size=512 if small else 32128,
+    B, Nq, Nv, D, H, blocks, words = (8, 8, 6, 64, 4, 6, 512) if args.smoke else (100, 20, 36, 768, 12, 12, 32128)
+    config = T5Config(d_model=D, d_kv=D // H, d_ff=4 * D, num_heads=H, num_layers=blocks, num_decoder_layers=1, vocab_size=words,
                       dropout_rate=0.0, decoder_start_token_id=0)
     torch.manual_seed(0)
-    model = VQABackbone(T5ForConditionalGeneration(config), None, VisualEmbedding(8, D), None).to(device)
-    F_q, F_v = torch.randn(B, Nq, D, device=device), torch.randn(B, Nv, D, device=device)
-    q_mask, v_mask = torch.ones(B, Nq, dtype=torch.bool, device=device), torch.ones(B, Nv, dtype=torch.bool, device=device)
-    layers = {"G": (1, 2), "E": (3, 4, 5)}
-    ours, dual = MMPrompt(D, length=args.length).to(device).eval(), DualPrompt(D, args.length, 10, layers).to(device).eval()
+    backbone = VQABackbone(T5ForConditionalGeneration(config), None, VisualEmbedding(8, D), None).to(args.device)
+    F_q, F_v = torch.randn(B, Nq, D, device=args.device), torch.randn(B, Nv, D, device=args.device)
+    x = F_q, F_v, torch.ones(B, Nq, dtype=torch.bool, device=args.device), torch.ones(B, Nv, dtype=torch.bool, device=args.device)
+    mm = MMPrompt(D, length=args.length).to(args.device).eval()
+    dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
-    inputs = (F_q, F_v, q_mask, v_mask)
-    amp = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bf16" else nullcontext
-
-    def seconds(work, repeat=3):
-        with torch.no_grad(), amp():
-            work()
-            times = []
-            for _ in range(repeat):
-                start = time.perf_counter()
-                work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-        return sorted(times)[repeat // 2]
-
-    pool, q = ours.pools["VE"], torch.randn(B, D, device=device)
+    pool, q = mm.pools["VE"], torch.randn(B, D, device=args.device)
     assert torch.allclose(looped_pool(pool, q[:2]), pool(q[:2])[0], atol=1e-5)
-    assert torch.allclose(looped_method(ours, *(x[:2] for x in inputs))["E"], ours(*(x[:2] for x in inputs)).prompts["E"], atol=1e-4)
-    rows = {"frozen encoder, no prompts": seconds(lambda: model.encode(*inputs)),
-            "query + selection + recovery (Eq. 1-10)": seconds(lambda: ours(*inputs)),
-            "DualPrompt's prompts": seconds(lambda: dual(*inputs)),
-            "encoder with MM-Prompt": seconds(lambda: model.encode(*inputs, ours)),
-            "encoder with DualPrompt": seconds(lambda: model.encode(*inputs, dual)),
-            "selection (Eq. 2-3), one pool of 120": seconds(lambda: pool(q)),
-            "the same in loops over samples and prompts": seconds(lambda: looped_pool(pool, q), 1),
-            "query + selection + recovery, a loop over samples": seconds(lambda: looped_method(ours, *inputs), 1)}
-    names = list(rows)
+    jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x), "query + selection + recovery (Eq. 1-10)": lambda: mm(*x),
+            "DualPrompt's prompts": lambda: dual(*x), "encoder with MM-Prompt": lambda: backbone.encode(*x, mm),
+            "encoder with DualPrompt": lambda: backbone.encode(*x, dual), "selection (Eq. 2-3), one pool of 120": lambda: pool(q)}
+    slow = {"the same in loops over samples and prompts": lambda: looped_pool(pool, q),
+            "query + selection + recovery, a loop over samples": lambda: looped_method(mm, *x)}
+    with torch.no_grad(), precision(args):
+        times = dict(zip(jobs, metrics.seconds(args.device, *jobs.values(), repeats=3)))
+        times |= zip(slow, metrics.seconds(args.device, *slow.values(), repeats=1))
+    names, here = list(times), metrics.environment()
     over = {names[1]: names[0], names[3]: names[4], names[6]: names[5], names[7]: names[1]}
-    hardware = metrics.environment()
-    print(f"batch {B}, {Nq} question and {Nv} picture tokens, width {D}, {config.num_layers} encoder blocks, {args.dtype}, "
-          f"{hardware['hardware']}, {hardware['threads']} threads")
-    for name, value in rows.items():
-        ratio = f"{value / rows[over[name]]:8.2f} x {over[name]}" if name in over else ""
+    print(f"batch {B}, {Nq} question and {Nv} picture tokens, width {D}, {blocks} encoder blocks, {args.dtype}, "
+          f"{here['hardware']}, {here['threads']} threads")
+    for name, value in times.items():
+        ratio = f"{value / times[over[name]]:8.2f} x {over[name]}" if name in over else ""
         print(f"{name:<52}{1000 * value:10.1f} ms  {ratio}")
-    count = lambda m: sum(p.numel() for p in m.parameters())
-    frozen = count(model.t5.encoder.block)
-    print(f"parameters: MM-Prompt {count(ours):,}, DualPrompt {count(dual):,}, frozen encoder blocks {frozen:,} · "
-          f"throughput {B / rows[names[3]]:.0f} samples/s · peak {metrics.peak_memory_mb():.0f} MiB\n"
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (mm, dual, backbone.t5.encoder.block)]
+    print("parameters: MM-Prompt {:,}, DualPrompt {:,}, frozen encoder blocks {:,} · ".format(*sizes) +
+          f"throughput {B / times[names[3]]:.0f} samples/s · peak {metrics.peak_memory_mb():.0f} MiB\n"
           "paper, Fig. 7: MM-Prompt 0.179 s per 100 samples, DualPrompt 0.158 s, ratio 1.13")
-    return rows
+    return times
 
 
 @torch.no_grad()
 def looped_pool(pool, q):
     """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests compare with."""
     out = []
-    for b in range(len(q)):
-        s = [torch.dot(q[b], k) / (q[b].norm() * k.norm()) for k in pool.keys]
+    for sample in q:
+        s = [torch.dot(sample, k) / (sample.norm() * k.norm()) for k in pool.keys]
         best = sorted(range(len(s)), key=lambda i: -float(s[i]))[:pool.k]
         weight = [math.exp(float(s[i]) / pool.temperature) for i in best]
         out.append(sum(w / sum(weight) * pool.prompts[i] for w, i in zip(weight, best)))
@@ -1153,114 +1068,213 @@ def looped_method(method, F_q, F_v, q_mask, v_mask):
     return {G: torch.cat(rows) for G, rows in out.items()}
 
 
-# ====================================================================================================== command line
-
-
-def settled(args):
-    """A copy of args with the defaults that depend on the method, each chosen with the same small search on a
-    seed that is not reported (README)."""
-    args = argparse.Namespace(**vars(args))
-    joint, learns = args.method == "joint", args.method in ("joint", "finetune")
-    rates = {"mmprompt": 5e-4, "l2p-one-pool": 5e-4, "none": 2e-3, "finetune": 2e-3, "joint": 2e-3}
-    lr = rates.get(args.method, 8e-3) if args.lr is None else args.lr
-    for k, v in {"lr": lr, "lr_attention": lr / 10, "lr_backbone": 5e-4 if learns else 1e-4, "epochs": 16 if joint else 2,
-                 "batch": 50 if joint else 25, "schedule": "linear" if joint else "constant", "backbone_seed": 0}.items():
-        if getattr(args, k) is None:
-            setattr(args, k, v)
+def settle(args):
+    """Fills in the defaults that depend on the method, for one run: its class knows what suits it."""
+    metrics.settle_shared(args)
+    kind = METHODS[args.method]
+    args.lr = kind.lr if args.lr is None else args.lr
+    usual = {"lr_attention": args.lr / 10, "lr_backbone": 1e-4, "epochs": 2, "batch": 25}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(kind, name, value))
     return args
 
 
-def build_parser():
-    p = argparse.ArgumentParser(description="MM-Prompt: continual visual question answering with cross-modal prompts.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_no = dict(action=argparse.BooleanOptionalAction)
-    g = p.add_argument_group("what to run")
+def parse_args(argv=None):
+    p = metrics.shared_flags("MM-Prompt: continual visual question answering with cross-modal prompts.", METHODS, TABLES,
+                             "mini | vqav2 | nextqa | a .jsonl file", "mini, or any T5-family Hugging Face id or folder", root=".")
+    g = p.add_argument_group("data and backbone of MM-Prompt")
     g.add_argument("--setting", default="CI", choices=["DI", "CI", "QI"], help="dual, class or question increment")
-    g.add_argument("--method", default="mmprompt", choices=METHODS)
-    g.add_argument("--seeds", type=int, nargs="+", default=[0])
-    g.add_argument("--order", type=int, nargs="+", help="a permutation of the tasks 0..T-1")
-    g.add_argument("--table", choices=list(TABLES), help="run a table or figure of the paper on the built-in world, or its bounds")
-    g.add_argument("--rows", nargs="+", help="with --table: only these rows, by label")
-    g.add_argument("--bench", action="store_true", help="time, memory and parameters at T5-base shapes")
-    g.add_argument("--smoke", action="store_true", help="everything tiny: does it run?")
-    g.add_argument("--out", help="run folder (default runs/mmprompt_<setting>_<method>, for tables runs/mmprompt_tables)")
-    g.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    g.add_argument("--quiet", action="store_true", help="print the last lines only")
-    g = p.add_argument_group("data and backbone")
-    g.add_argument("--data", default="mini", help="mini | vqav2 | nextqa | a .jsonl file")
-    g.add_argument("--root", default=".", help="folder with the files of --data (a .jsonl file: with its pictures)")
-    g.add_argument("--sizes", type=int, nargs=3, default=[8000, 800, 1600], help="mini: questions in train, val, test")
-    g.add_argument("--data-seed", type=int, help="seed of world and splits (default: the run's seed)")
+    g.add_argument("--sizes", type=metrics.positive, nargs=3, default=[8000, 800, 1600], help="mini: questions in train, val, test")
     g.add_argument("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
-    g.add_argument("--backbone", default="mini", help="mini, or any T5-family Hugging Face id or folder")
-    g.add_argument("--backbone-seed", type=int, help="mini: seed of its pre-training; default 0, in tables the run's own, so that ± "
-                   "holds the backbone's spread too")
     g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder that sees the pictures for --backbone")
-    g.add_argument("--prefix", default="vqa: ", help="put before each question, not for mini")
-    g.add_argument("--max-question", type=int, default=20, help="tokens")
-    g.add_argument("--max-answer", type=int, default=8, help="tokens")
-    g.add_argument("--train-decoder", default=False, help="the official code's choice; the paper freezes it", **yes_no)
     g.add_argument("--train-vision", choices=["first", "always", "never"], help="when the visual embedding learns (default: never "
                    "where it is pre-trained, else in the first task)")
+    g.add_argument("--train-decoder", default=False, action=metrics.YES_NO, help="the official code's choice; the paper freezes it")
     g = p.add_argument_group("the paper's")
-    g.add_argument("--length", type=int, default=8, help="L, tokens per prompt (1 = parity with paper and code, see README)")
-    g.add_argument("--top-k", type=int, default=5, help="k of Eq. 2")
-    g.add_argument("--pool-sizes", type=int, nargs=4, default=[40, 60, 80, 120], metavar=("QG", "QE", "VG", "VE"), help="N, Table 9")
-    g.add_argument("--mask-ratio", type=float, default=0.05, help="delta of Eq. 4")
-    g.add_argument("--alpha", type=float, default=1.0, help="alpha of Eq. 11, weight of L_inter")
-    g.add_argument("--beta", type=float, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=float, default=1.0, help="weight of L_qk, in L2P and DualPrompt too (official code: 0.05)")
-    g.add_argument("--ortho-weight", type=float, default=0.1, help="CODA-Prompt's weight of orthogonality")
-    g.add_argument("--temperature", type=float, default=1.0, help="of the softmax in Eq. 3")
-    g.add_argument("--heads", type=int, default=8, help="attention heads of A")
-    g.add_argument("--layers-g", type=int, nargs="+", default=[1, 2], help="encoder blocks with G prompts, from 0")
-    g.add_argument("--layers-e", type=int, nargs="+", default=[3, 4, 5], help="encoder blocks with E prompts, from 0")
-    g.add_argument("--keep-prompts", default=False, help="leave prompts in the sequence after their block (official code)", **yes_no)
-    g.add_argument("--use-query", default=True, help="CQ of Table 2 (Eq. 1)", **yes_no)
-    g.add_argument("--freeze-query", default=False, help="Eq. 1 learns in the first task only: old questions keep their prompts (README)",
-                   **yes_no)
-    g.add_argument("--use-intra", default=True, help="intra recovery of Table 10 (Eq. 5-6)", **yes_no)
-    g.add_argument("--use-inter", default=True, help="inter recovery of Table 10 (Eq. 7-10)", **yes_no)
-    g.add_argument("--query-fusion", default="query", choices=CrossModalQuery.FUSIONS, help="Table 12")
-    g.add_argument("--recovery-fusion", default="recovery", choices=CrossModalRecovery.FUSIONS, help="Table 13")
-    g.add_argument("--w-res", default="matrix", choices=["matrix", "vector"], help="shape of w_res in Eq. 5")
-    g.add_argument("--mask-granularity", default="token", choices=["token", "feature"], help="what b of Eq. 4 hides")
-    g.add_argument("--memory", type=int, default=0, help="replay samples in all (Table 3)")
+    g.add_argument("--length", type=metrics.positive, default=8, help="L, tokens per prompt (1 = parity with paper and code)")
+    g.add_argument("--top-k", type=metrics.positive, default=5, help="k of Eq. 2")
+    g.add_argument("--pool-sizes", type=metrics.positive, nargs=4, default=[40, 60, 80, 120], metavar=("QG", "QE", "VG", "VE"),
+                   help="N, Table 9")
+    g.add_argument("--mask-ratio", type=metrics.share, default=0.05, help="delta of Eq. 4")
+    g.add_argument("--alpha", type=metrics.finite, default=1.0, help="alpha of Eq. 11, weight of L_inter")
+    g.add_argument("--beta", type=metrics.finite, default=0.3, help="beta of Eq. 11, weight of L_intra")
+    g.add_argument("--qk-weight", type=metrics.finite, default=1.0, help="weight of L_qk, in L2P and DualPrompt too (official: 0.05)")
+    g.add_argument("--heads", type=metrics.positive, default=8, help="attention heads of A")
+    g.add_argument("--layers-g", type=metrics.natural, nargs="+", default=[1, 2], help="encoder blocks with G prompts, from 0")
+    g.add_argument("--layers-e", type=metrics.natural, nargs="+", default=[3, 4, 5], help="encoder blocks with E prompts, from 0")
+    g.add_argument("--use-query", default=True, action=metrics.YES_NO, help="CQ of Table 2 (Eq. 1)")
+    g.add_argument("--use-intra", default=True, action=metrics.YES_NO, help="intra recovery of Table 10 (Eq. 5-6)")
+    g.add_argument("--use-inter", default=True, action=metrics.YES_NO, help="inter recovery of Table 10 (Eq. 7-10)")
+    g.add_argument("--memory", type=metrics.natural, default=0, help="replay samples in all (Table 3)")
     g.add_argument("--modality", default="joint", choices=["joint", "v", "q"], help="what the encoder sees at test (Eq. 12-13)")
     g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="what it sees in training (blind bounds)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, help="per task, or per subtask in DI (default 2; joint 16)")
-    g.add_argument("--batch", type=int, help="samples a step (default 25; joint 50)")
-    g.add_argument("--accum", type=int, default=1, help="batches per optimiser step")
-    g.add_argument("--eval-batch", type=int, default=200)
-    g.add_argument("--lr", type=float, help="of prompts and keys (default 8e-3; mmprompt and l2p-one-pool 5e-4)")
-    g.add_argument("--lr-attention", type=float, help="of the attention modules and the visual embedding (default a tenth of --lr)")
-    g.add_argument("--lr-backbone", type=float, help="of the backbone where it learns (default 5e-4 joint and finetune, else 1e-4)")
-    g.add_argument("--schedule", choices=["constant", "linear"], help="of the learning rates within a task (default constant, as the "
-                   "official VQA v2 code after its warm-up; joint: linear to zero)")
-    g.add_argument("--weight-decay", type=float, default=0.01, help="of attention modules and backbone; prompts and keys have none")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--select", default="best", choices=["best", "last"], help="epoch with the best validation score (the later of equals), or the last")
-    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device")
-    g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    return p
-
-
-def main():
-    parser = build_parser()
-    args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    g = p.add_argument_group("training of MM-Prompt")
+    g.add_argument("--accum", type=metrics.positive, default=1, help="batches per optimiser step")
+    g.add_argument("--lr-attention", type=metrics.above_zero, help="of attention modules and visual embedding (default: --lr / 10)")
+    g.add_argument("--lr-backbone", type=metrics.above_zero, help="of the backbone where it learns (default: the method's own)")
+    g.add_argument("--weight-decay", type=metrics.finite, default=0.01, help="of attention modules and backbone; prompts have none")
+    args = metrics.check_shared(p.parse_args(argv))
+    args.options = {}                                                # arguments of the method's class without a flag
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
-    if args.bench:
-        return bench(args)
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.pretrain or args.bench:
+        args.seed = args.seeds[0]
+        return (pretrain if args.pretrain else bench)(settle(args))
     if args.table:
-        return table(args)
-    args = settled(args)
-    metrics.run_jobs(f"{args.method} {args.setting}", [{"seed": seed} for seed in args.seeds],
-                     lambda job, folder: run(args, job["seed"], folder), args.out, COLUMNS)
+        title, against, rows = TABLES[args.table]
+        table = metrics.Table(args, settle, title, against, rows, COLUMNS, ("A", "F_inter"), "A / F_inter", "fig" in args.table)
+        for one, folder in table.missing():
+            run(one, folder)
+        return print(table.write())
+    name, results = f"{args.method} {args.setting}", []
+    for one, folder in metrics.repetitions(args, settle):
+        results.append(run(one, folder))
+        if not args.smoke:
+            print(worth(args, results[-1]["world"]), end="")
+        print(metrics.last_line(name, results[-1:], COLUMNS))
+    if len(results) > 1:
+        metrics.keep_means(args.out, results)
+        print(metrics.last_line(name, results, COLUMNS))
+
+
+def worth(args, world):
+    """What this run's score should be compared with, "" where nothing is on file."""
+    labels = {"frozen": f"{'QI' if args.setting == 'QI' else 'CI'} zero-shot", "fine-tuning": f"{args.setting} fine-tuning",
+              "joint": "joint"}
+    column = {"frozen": "A", "fine-tuning": "A", "joint": "A_by_type" if args.setting == "QI" else "A"}
+    line = metrics.worth("mmprompt", world, labels, column)
+    return line and line + "\n"
+
+
+# ========================================================================================= the small backbone
+# How backbones/mini-vqa-<seed>.safetensors was made: a small T5 and its eyes learn from statements about scenes of the
+# built-in world with a gap to fill, never from the stream's questions.  Nobody needs this to read the method.
+SHAPE = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)     # 0.75 M parameters
+STEPS, BATCH, SCENES, RATE, WORDS = 4500, 128, 24_000, 2e-3, 512
+EYES = 3                                                             # steps of the eyes alone, per step of the whole
+
+
+def small_config(seed):
+    """Everything that the training depends on: a file made for anything else is refused."""
+    return {"shape": SHAPE, "steps": STEPS, "batch": BATCH, "scenes": SCENES, "lr": RATE, "words": WORDS, "eyes": EYES,
+            "world": data.MINI_VQA_VERSION, "seed": seed}
+
+
+def small_modules(seed):
+    """{"t5", "visual"} of the small backbone before training."""
+    from transformers import T5Config, T5ForConditionalGeneration
+    torch.manual_seed(seed)
+    config = T5Config(vocab_size=WORDS, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+                      tie_word_embeddings=True, **SHAPE)
+    return nn.ModuleDict({"t5": T5ForConditionalGeneration(config),
+                          "visual": VisualEmbedding(3 * data.REGION_PIXELS ** 2, SHAPE["d_model"])})
+
+
+def load_small(seed):
+    """(t5, visual) as shipped."""
+    tensors = metrics.small_backbone("mini-vqa", seed, small_config(seed))
+    both = small_modules(seed)
+    both.load_state_dict(tensors, strict=False)                      # tied tensors are stored once
+    both["t5"].tie_weights()
+    return both["t5"], both["visual"]
+
+
+def mini_tokenizer(texts=()):
+    """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows last."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    known = ["<pad>", "</s>", "<unk>", "<mask>", *data.MINI_WORDS]
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                           # < and > stay: <mask>
+                                     pre_tokenizers.Split(Regex(r"[.,;:!?\"'()]"), "isolated")])
+    count = Counter(w for text in texts for w, _ in split.pre_tokenize_str(text.lower()))
+    new = [w for w, _ in count.most_common() if w not in set(known)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate((known + new)[:WORDS])}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    lost = max(0, len(known) + len(new) - WORDS)
+    if new:
+        tqdm.write(f"{len(new)} words are new to the small backbone: {len(new) - lost} get random rows, {lost} become <unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def pretrain(args):
+    """--pretrain: make the small backbone of --backbone-seed anew, write it, and measure what it is worth."""
+    start, seed = time.time(), args.backbone_seed
+    tensors = train_small(seed, STEPS, SCENES, args.device, args.quiet)
+    about = {"world": data.MINI_VQA_VERSION, "command": f"python mmprompt.py --pretrain --backbone-seed {seed}"}
+    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about, minutes=(time.time() - start) / 60)
+    bounds = {}
+    for method in ("none", "joint"):                                 # the bounds, with the file as it will be read
+        one = parse_args(["--method", method, "--backbone-seed", str(seed), "--device", args.device, "--quiet"])
+        one.seed = seed
+        with tempfile.TemporaryDirectory() as folder:
+            values = run(settle(one), Path(folder))["metrics"]
+        bounds[method] = {k: values[k] for k in ("A", "A_by_type", "A_q_only", "A_v_only") if k in values}
+    minutes = (time.time() - start) / 60
+    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about, minutes=minutes, bounds=bounds)
+    print(f"backbones/mini-vqa-{seed}.safetensors: {bounds}, {minutes:.1f} min")
+
+
+def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
+    """The tensors of a small backbone.  First the eyes alone: a region's token is drawn to the embeddings of the words that
+    describe it, as in contrastive picture-text training.  Then everything together on statements with a gap."""
+    both = small_modules(seed).to(device)
+    rng = random.Random(f"upstream {seed}")
+    scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
+              for i in range(scenes_n)]
+    regions, tokenizer = data.draw_scenes(scenes), mini_tokenizer()
+    open_eyes(both, scenes, regions, tokenizer, rng, max(EYES * steps, 20), device, quiet)
+    backbone = VQABackbone(both["t5"], tokenizer, both["visual"], world_regions(regions), max_question=16, max_answer=10)
+    both.requires_grad_(True).train()
+
+    def fill_the_gap(step):
+        rows = [rng.randrange(scenes_n) for _ in range(BATCH)]
+        pairs = [data.upstream_statement(rng, scenes[r]) for r in rows]
+        samples = [data.Sample(r, r, statement, (gap,), "", "") for r, (statement, gap) in zip(rows, pairs)]
+        hidden, mask, _ = backbone.encode(*backbone.embed(samples))
+        return backbone.loss(hidden, mask, [gap for _, gap in pairs])
+    optimizer = torch.optim.AdamW(both.parameters(), RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 20), pct_start=0.1)
+    metrics.fit("small backbone: statements", fill_the_gap, optimizer, schedule, steps, grad_clip=1.0, quiet=quiet)
+    tensors = {}
+    for name, tensor in both.state_dict().items():                   # tied tensors are stored once
+        if all(tensor.data_ptr() != kept.data_ptr() for kept in tensors.values()):
+            tensors[name] = tensor
+    return tensors
+
+
+def open_eyes(both, scenes, regions, tokenizer, rng, steps, device, quiet):
+    """The visual embedding learns alone which words belong to a region."""
+    words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES, "size": data.SIZES,
+             "cell": list(data.CELLS)}
+    embedding = both["t5"].get_input_embeddings().weight.detach()
+    rows = [torch.stack([embedding[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0) for word in values])
+            for values in words.values()]                            # one (values,D) for each attribute
+    shown = []                                                       # (scene, region, the thing's value of each attribute)
+    for r, scene in enumerate(scenes):
+        for i, j in enumerate(data.region_order(scene)):
+            if j < len(scene["things"]):
+                thing = scene["things"][j]
+                shown.append((r, i, [vs.index(thing[k]) if thing[k] in vs else -1 for k, vs in words.items()]))
+    visual = both["visual"].requires_grad_(True)
+
+    def name_the_region(step):
+        r, i, truth = zip(*rng.sample(shown, min(128, len(shown))))
+        features = torch.from_numpy(regions[0][list(r), list(i)]).flatten(1).float() / 127.5 - 1  # (B,768)
+        x = visual(features.to(device), torch.from_numpy(regions[1][list(r), list(i)]).to(device))   # (B,D)
+        target = torch.tensor(truth, device=device)                                              # (B,6)
+        return sum(F.cross_entropy(x @ e.T / SHAPE["d_model"] ** 0.5, target[:, k], ignore_index=-1)
+                   for k, e in enumerate(rows))
+    optimizer = torch.optim.AdamW(visual.parameters(), 2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    metrics.fit("small backbone: eyes", name_the_region, optimizer, schedule, steps, quiet=quiet)
 
 
 if __name__ == "__main__":
