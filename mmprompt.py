@@ -46,8 +46,9 @@ import metrics
 from data import InputError
 
 # ================================================================================================== the paper
-# The method in the order of its equations, and nothing else: with `import dataclasses, torch` and torch's `nn` and `F`,
-# this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for question and picture.
+# The method in the order of its equations, and nothing else: with `import dataclasses, torch` and torch's
+# `nn` and `F`, this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for
+# question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
 
 
@@ -58,8 +59,8 @@ def masked_mean(x, mask):
 
 
 class Attention(nn.MultiheadAttention):
-    """A(query, key, value): attention of M's tokens on other tokens.  Its output starts small, so that what it is added
-    to starts nearly unchanged.  Raises ValueError unless n_heads divides d_model.
+    """A(query, key, value): attention of M's tokens on other tokens.  Its output starts small, so that what
+    it is added to starts nearly unchanged.  Raises ValueError unless n_heads divides d_model.
 
     forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
     """
@@ -77,8 +78,9 @@ class Attention(nn.MultiheadAttention):
 
 
 class SelfAttention(nn.TransformerEncoderLayer):
-    """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each with a residual.
-    It starts near the identity.  Raises ValueError unless n_heads divides d_model.  forward(x (B,N,D)) -> (B,N,D)"""
+    """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each with a
+    residual. It starts near the identity.  Raises ValueError unless n_heads divides d_model.  forward(x
+    (B,N,D)) -> (B,N,D)"""
 
     def __init__(self, d_model, n_heads, hidden):
         if d_model % n_heads:
@@ -94,8 +96,8 @@ class CrossModalQuery(nn.Module):
     """Each modality looks at the other before it becomes a query (section 3.2, Eq. 1).
 
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
-    fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are the alternatives of Table 12.
-    Uses OTHER, masked_mean and Attention of this section.
+    fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are the alternatives of Table
+    12. Uses OTHER, masked_mean and Attention of this section.
     """
 
     def __init__(self, d_model, n_heads=8, fusion="query"):
@@ -113,11 +115,11 @@ class CrossModalQuery(nn.Module):
         if self.fusion not in ("query", "cross-attention"):
             return self.without_attention(tokens, mask)
         # Every token asks the other modality's tokens what matters to it.  seen^M = A(F^M, F^M', F^M')
-        seen = {M: self.attend[M](tokens[M], tokens[OTHER[M]], tokens[OTHER[M]], mask[OTHER[M]]) for M in "QV"}   # (B,N_M,D)
+        seen = {M: self.attend[M](tokens[M], tokens[OTHER[M]], tokens[OTHER[M]], mask[OTHER[M]]) for M in "QV"}  # (B,N_M,D)
         if self.fusion == "cross-attention":                         # Table 12: nothing of its own is kept
             return {M: masked_mean(seen[M], mask[M]) for M in "QV"}
         # What it saw is added to what it is; the mean over tokens, weighted feature by feature, is the query.
-        # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M )                                                       Eq. 1
+        # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M )                                                    Eq. 1
         return {M: self.w[M] * masked_mean(seen[M] + tokens[M], mask[M]) for M in "QV"}          # 2 x (B,D)
 
     def without_attention(self, tokens, mask):
@@ -133,10 +135,11 @@ class CrossModalQuery(nn.Module):
 
 
 class PromptPool(nn.Module):
-    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).  Needs no other name.
+    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).  Needs
+    no other name.
 
-    forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: batch mates do not matter.
-    Raises ValueError for more than the pool holds.
+    forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: batch mates do not
+    matter. Raises ValueError for more than the pool holds.
     """
 
     def __init__(self, d_model, size, length=8, top_k=5, temperature=1.0):
@@ -150,15 +153,15 @@ class PromptPool(nn.Module):
     def forward(self, q):
         keys = F.normalize(self.keys, dim=-1)                                                    # (N,D)
         # The prompts whose keys point where the query points are chosen.
-        # I^M = the k largest of cos(q^M, k_i^M)                                                             Eq. 2
+        # I^M = the k largest of cos(q^M, k_i^M)                                                         Eq. 2
         score, chosen = (F.normalize(q, dim=-1) @ keys.T).topk(self.k, dim=-1)                   # 2 x (B,k)
         # The nearer the key, the more of its prompt: a is a softmax over the chosen ones only.
-        # p~^M = sum_{i in I} a_i p_i,  a = softmax over I of cos(q, k_i)                                    Eq. 3
+        # p~^M = sum_{i in I} a_i p_i,  a = softmax over I of cos(q, k_i)                                Eq. 3
         a = (score / self.temperature).softmax(-1)                                               # (B,k)
         p = torch.einsum("bk,bkld->bld", a, self.prompts[chosen])                                # (B,L,D)
-        # The chosen keys move towards the query.  It is a constant here: otherwise the query network satisfies this
-        # loss by sending every query in one direction, and selection dies.
-        # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B                                        part of Eq. 11
+        # The chosen keys move towards the query.  It is a constant here: otherwise the query network
+        # satisfies this loss by sending every query in one direction, and selection dies.
+        # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B                                    part of Eq. 11
         pull = torch.einsum("bd,bkd->bk", F.normalize(q.detach(), dim=-1), keys[chosen])         # (B,k)
         return p, (1 - pull).sum(-1).mean(), chosen
 
@@ -167,8 +170,9 @@ class CrossModalRecovery(nn.Module):
     """Hide prompt tokens, recover them inside the modality, then across (section 3.3, Eq. 4-10).
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
-    fusion: "recovery" is the paper's; the rest are the alternatives of Table 13.  w_res: "matrix" or "vector".
-    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  Uses OTHER, Attention and SelfAttention.
+    fusion: "recovery" is the paper's; the rest are the alternatives of Table 13.  w_res: "matrix" or
+    "vector". mask_granularity: whether Eq. 4 hides a "token" or a "feature".  Uses OTHER, Attention and
+    SelfAttention.
     """
 
     def __init__(self, d_model, n_heads=8, mask_ratio=0.05, use_intra=True, use_inter=True, fusion="recovery",
@@ -180,12 +184,13 @@ class CrossModalRecovery(nn.Module):
         self.granularity, self.res_scale = mask_granularity, res_scale
         if fusion == "recovery" and use_intra:
             self.intra = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 2 * d_model) for M in "QV"})
-            # a matrix starts as the identity, a vector with length 1: both are "orthogonal" in the sense of Eq. 6
+            # a matrix starts as the identity, a vector with length 1: both are "orthogonal" in the sense of
+            # Eq. 6
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
             self.inter = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
-        if fusion == "recovery" and use_inter:                       # A' has "twice the feed-forward dimension"
+        if fusion == "recovery" and use_inter:                     # A' has "twice the feed-forward dimension"
             self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
             self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
 
@@ -193,39 +198,43 @@ class CrossModalRecovery(nn.Module):
         nothing = p["Q"].new_zeros(())
         if self.fusion != "recovery":                                                            # Table 13
             return {M: self.mix(M, p) for M in "QV"}, nothing, nothing
-        if not (self.use_intra or self.use_inter):                   # isolated prompts: nothing is hidden or recovered
+        if not (self.use_intra or self.use_inter):          # isolated prompts: nothing is hidden or recovered
             return p, nothing, nothing
         p_hat = self.hide(p)                                                                     # Eq. 4
         p_intra, L_intra = self.recover_intra(p_hat, p) if self.use_intra else (p_hat, nothing)  # Eq. 5-6
-        p_final, L_inter = self.recover_inter(p_intra, p) if self.use_inter else (p_intra, nothing)   # Eq. 7-10
+        p_final, L_inter = self.recover_inter(p_intra, p) if self.use_inter else (p_intra, nothing)  # Eq. 7-10
         return p_final, L_intra, L_inter
 
     def hide(self, p):
-        """p^^M = (1-b) * p~^M, in training only: what is hidden must be recovered, so the recovery learns.     Eq. 4"""
+        """p^^M = (1-b) * p~^M, in training only: what is hidden must be recovered, so the recovery learns.
+        Eq. 4"""
         if not self.training or self.delta == 0:
             return p
         B, L, D = p["Q"].shape
-        # b = 1 with probability delta, the same b for both modalities: neither can copy it from the other's place
+        # b = 1 with probability delta, the same b for both modalities: neither can copy it from the other's
+        # place
         b = torch.rand(B, L, D if self.granularity == "feature" else 1, device=p["Q"].device) < self.delta
         return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                                       # 2 x (B,L,D)
 
     def recover_intra(self, p_hat, p):
-        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D), L_intra ()"""
+        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D),
+        L_intra ()"""
         # The hint goes through w_res: a rotation, so it adds direction and not size.  light^M = w_res^M p~^M'
         light = {M: p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W for M, W in self.W_res.items()}
         # Hidden tokens are filled in from their neighbours, then the hint is added.
-        # p_intra^M = A(p^^M) + w_res^M p~^M'                                                                Eq. 5
+        # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
         p_intra = {M: self.intra[M](p_hat[M]) + self.res_scale * light[M] for M in "QV"}         # 2 x (B,L,D)
-        # What was recovered must be what was hidden, and w_res must stay a rotation.  Means instead of sums, so that
-        # beta does not depend on B, L, D; p~ is a constant, or the prompts would chase their own recovery.
-        # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                     Eq. 6
+        # What was recovered must be what was hidden, and w_res must stay a rotation.  Means instead of sums,
+        # so that beta does not depend on B, L, D; p~ is a constant, or the prompts would chase their own
+        # recovery.
+        # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                 Eq. 6
         L_intra = sum(F.mse_loss(p_intra[M], p[M].detach()) + self.orthogonality(self.W_res[M]) for M in "QV")
         return p_intra, L_intra
 
     @staticmethod
     def orthogonality(W):
-        """|W W^T - I|_F^2 / D: the second term of Eq. 6.  W (D,D).  For a vector w (D,) the outer product has rank one and
-        the term equals (|w|^2-1)^2 + D-1; the constant D-1 is left out."""
+        """|W W^T - I|_F^2 / D: the second term of Eq. 6.  W (D,D).  For a vector w (D,) the outer product has
+        rank one and the term equals (|w|^2-1)^2 + D-1; the constant D-1 is left out."""
         if W.ndim == 1:
             return (W.square().sum() - 1).square() / len(W)
         return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() / len(W)
@@ -233,16 +242,16 @@ class CrossModalRecovery(nn.Module):
     def recover_inter(self, p_intra, p):
         """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter ()"""
         # Each token asks the other modality's prompts, and keeps what it is.
-        # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                                 Eq. 7
+        # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                             Eq. 7
         p_inter = {M: self.cross(M, p_intra[M], p) + p_intra[M] for M in "QV"}                   # 2 x (B,L,D)
         # A gate per feature says how much refinement it gets; it looks at both modalities.
-        # g^M = sigmoid( w_g^M ReLU([p_inter^M ; p~^M']) )                                                   Eq. 9
+        # g^M = sigmoid( w_g^M ReLU([p_inter^M ; p~^M']) )                                               Eq. 9
         g = {M: torch.sigmoid(self.W_g[M](F.relu(torch.cat([p_inter[M], p[OTHER[M]]], -1)))) for M in "QV"}
         # Gate closed: the prompt stays.  Gate open: it is replaced by its refinement.
-        # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                                Eq. 8
+        # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                            Eq. 8
         p_final = {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
         # Both modalities, each seen through the other, must mean the same: their mean tokens point one way.
-        # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first        Eq. 10
+        # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first    Eq. 10
         views = [self.cross(M, p_final[M], p).mean(1) for M in "QV"]                             # 2 x (B,D)
         return p_final, (1 - F.cosine_similarity(*views, dim=-1)).mean()
 
@@ -261,22 +270,24 @@ class CrossModalRecovery(nn.Module):
 
 @dataclasses.dataclass
 class Prompts:
-    """What a prompt method hands to the encoder.  prompts {"G": (B,2L,D), ...}: question prompts first, then visual;
-    losses {"qk": (), ...} to add to the task loss; chosen {"QG": (B,k), ...} for the statistics."""
+    """What a prompt method hands to the encoder.  prompts {"G": (B,2L,D), ...}: question prompts first, then
+    visual; losses {"qk": (), ...} to add to the task loss; chosen {"QG": (B,k), ...} for the statistics."""
     prompts: dict
     losses: dict
     chosen: dict
 
 
 class MMPrompt(nn.Module):
-    """The whole method (Fig. 2): one cross-modal query, four pools, one recovery for G(eneral) and one for E(xpert) prompts.
+    """The whole method (Fig. 2): one cross-modal query, four pools, one recovery for G(eneral) and one for
+    E(xpert) prompts.
 
-    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts with {"G","E"}: (B,2L,D) and losses qk, intra, inter.
-    pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder blocks.
-    keep: prompts stay in the sequence after their block (official code).  freeze_query: Eq. 1 learns in the first task only,
-    so that old questions keep their prompts.  temperature of Eq. 3; query_fusion, recovery_fusion: Tables 12 and 13.
+    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts with {"G","E"}: (B,2L,D) and losses qk,
+    intra, inter. pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder
+    blocks. keep: prompts stay in the sequence after their block (official code).  freeze_query: Eq. 1 learns
+    in the first task only, so that old questions keep their prompts.  temperature of Eq. 3; query_fusion,
+    recovery_fusion: Tables 12 and 13.
     """
-    lr = 5e-4                                                        # of prompts and keys, from a search on another seed
+    lr = 5e-4                                             # of prompts and keys, from a search on another seed
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5, pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120},
                  mask_ratio=0.05, use_query=True, use_intra=True, use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0,
@@ -290,27 +301,27 @@ class MMPrompt(nn.Module):
                                     for name, size in pool_sizes.items()})
         self.recovery = nn.ModuleDict({G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter,
                                                              recovery_fusion, w_res, mask_granularity) for G in "GE"})
-        self.register_buffer("t", torch.tensor(0))                   # current task; a buffer, so that it is saved too
+        self.register_buffer("t", torch.tensor(0))           # current task; a buffer, so that it is saved too
 
     def begin_task(self, t):
-        self.t.fill_(t)                                              # nothing else: the method needs to know no tasks
+        self.t.fill_(t)                                      # nothing else: the method needs to know no tasks
 
     def end_task(self):
         pass
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        # Two queries serve all four pools.                                                                  Eq. 1
+        # Two queries serve all four pools.                                                              Eq. 1
         q = self.query(F_q, F_v, q_mask, v_mask)                                                 # 2 x (B,D)
         if self.freeze_query and self.t > 0:
             q = {M: q[M].detach() for M in "QV"}
         out = Prompts({}, dict.fromkeys(("qk", "intra", "inter"), F_q.new_zeros(())), {})
-        for G in "GE":                                               # general prompts for early blocks, expert for later
+        for G in "GE":                                    # general prompts for early blocks, expert for later
             p = {}
             for M in "QV":
-                # Each modality picks and mixes its own prompts.                                           Eq. 2-3
+                # Each modality picks and mixes its own prompts.                                       Eq. 2-3
                 p[M], qk, out.chosen[M + G] = self.pools[M + G](q[M])                            # p~ (B,L,D)
                 out.losses["qk"] = out.losses["qk"] + qk
-            # Then the two are brought together.                                                          Eq. 4-10
+            # Then the two are brought together.                                                      Eq. 4-10
             p_final, intra, inter = self.recovery[G](p)                                          # 2 x (B,L,D)
             out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)                          # (B,2L,D)
             out.losses["intra"], out.losses["inter"] = out.losses["intra"] + intra, out.losses["inter"] + inter
@@ -319,17 +330,20 @@ class MMPrompt(nn.Module):
 
 def total_loss(ce, losses, weights):
     """What training minimises: the answer's cross-entropy and the weighted losses of the prompts, all ().
-    L = L_CE + L_qk + alpha L_inter + beta L_intra.  A loss without a weight counts once.                   Eq. 11"""
+    L = L_CE + L_qk + alpha L_inter + beta L_intra.  A loss without a weight counts once.
+    Eq. 11"""
     return ce + sum(weights.get(name, 1.0) * value for name, value in losses.items())
 
 
 # =============================================================================================== the backbone
-# A frozen T5 reads the question's tokens and the picture's tokens in one sequence; `inject` is where prompts enter.
-# Pictures come as regions: features (n,f) and boxes (n,4), from the built-in world, a file, or a frozen vision model.
+# A frozen T5 reads the question's tokens and the picture's tokens in one sequence; `inject` is where prompts
+# enter. Pictures come as regions: features (n,f) and boxes (n,4), from the built-in world, a file, or a
+# frozen vision model.
 
 
 class VisualEmbedding(nn.Module):
-    """Region features and boxes to tokens F^V, as VL-T5 does: a small network on the feature plus a linear map of the box.
+    """Region features and boxes to tokens F^V, as VL-T5 does: a small network on the feature plus a linear
+    map of the box.
 
     forward(features (B,Nv,f), boxes (B,Nv,4) as x1 y1 x2 y2 in [0,1]) -> (B,Nv,D)
     """
@@ -345,18 +359,19 @@ class VisualEmbedding(nn.Module):
 
 
 class VQABackbone(nn.Module):
-    """A T5 encoder-decoder that reads question tokens and visual tokens in one sequence, with room for prompts.
+    """A T5 encoder-decoder that reads question tokens and visual tokens in one sequence, with room for
+    prompts.
 
-    t5: any T5ForConditionalGeneration.  pictures(image) -> (features (n,f), boxes (n,4)).  Everything is frozen at first.
-    prefix: put before each question.  max_question, max_answer: in tokens.
+    t5: any T5ForConditionalGeneration.  pictures(image) -> (features (n,f), boxes (n,4)).  Everything is
+    frozen at first. prefix: put before each question.  max_question, max_answer: in tokens.
     """
 
     def __init__(self, t5, tokenizer, visual, pictures, prefix="", max_question=20, max_answer=8):
         super().__init__()
         self.t5, self.tokenizer, self.visual = t5, tokenizer, visual
         self.pictures, self.prefix, self.max_question, self.max_answer = pictures, prefix, max_question, max_answer
-        self.memo = {}                                               # image -> F_v of it, while `visual` is frozen
-        self.eval().requires_grad_(False)                            # dropout off too: the backbone is a fixed function
+        self.memo = {}                                          # image -> F_v of it, while `visual` is frozen
+        self.eval().requires_grad_(False)                  # dropout off too: the backbone is a fixed function
 
     @property
     def device(self):
@@ -371,7 +386,8 @@ class VQABackbone(nn.Module):
         return out["input_ids"].to(self.device), out["attention_mask"].bool().to(self.device)    # 2 x (B,N)
 
     def see(self, images):
-        """A list of B pictures' tokens, (n,D) each.  While the eyes are frozen, a picture is looked at once."""
+        """A list of B pictures' tokens, (n,D) each.  While the eyes are frozen, a picture is looked at
+        once."""
         learning = self.visual.place.weight.requires_grad
         if learning:
             self.memo.clear()
@@ -385,7 +401,7 @@ class VQABackbone(nn.Module):
         return [self.memo[image] for image in images]
 
     def pad(self, rows):
-        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)           # B x (n,..) -> (B,Nv,..)
+        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)  # B x (n,..) -> (B,Nv,..)
 
     def embed(self, samples):
         """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0."""
@@ -397,24 +413,26 @@ class VQABackbone(nn.Module):
         return F_q, F_v, q_mask, v_mask.to(self.device)
 
     def position_bias(self, Nq, mask, dtype):
-        """What attention scores get added: T5's own bias between question tokens, zero wherever a visual or prompt token takes
-        part, minus infinity for padding.  mask (B,N) of the whole sequence -> (B,H,N,N)"""
-        bias = self.t5.encoder.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=mask.device)   # (1,H,Nq,Nq)
+        """What attention scores get added: T5's own bias between question tokens, zero wherever a visual or
+        prompt token takes part, minus infinity for padding.  mask (B,N) of the whole sequence -> (B,H,N,N)"""
+        bias = self.t5.encoder.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=mask.device)  # (1,H,Nq,Nq)
         more = mask.shape[1] - Nq
         bias = F.pad(bias, (0, more, 0, more))                                                   # (1,H,N,N)
         return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min).to(dtype)
 
     def encode(self, F_q, F_v, q_mask, v_mask, method=None, modality="joint"):
-        """One pass through the encoder, the method's prompts injected at their blocks.  Returns hidden (B,N,D), mask (B,N), Prompts.
+        """One pass through the encoder, the method's prompts injected at their blocks.  Returns hidden
+        (B,N,D), mask (B,N), Prompts.
 
-        modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint" nothing.
+        modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint"
+        nothing.
         """
         out = method(F_q, F_v, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
-        place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}                 # block -> (B,P,D)
+        place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}            # block -> (B,P,D)
         if modality != "joint":                                      # queries saw both, the encoder sees one
             q_mask, v_mask = q_mask & (modality == "q"), v_mask & (modality == "v")
             place = {i: self.half(p, modality) for i, p in place.items()}
-        Nq, h, mask = F_q.shape[1], torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)     # (B,N,D) (B,N)
+        Nq, h, mask = F_q.shape[1], torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)   # (B,N,D) (B,N)
         bias = self.position_bias(Nq, mask, h.dtype)                                             # (B,H,N,N)
         for i, block in enumerate(self.t5.encoder.block):
             if i not in place:
@@ -424,19 +442,21 @@ class VQABackbone(nn.Module):
             longer = block(longer, position_bias=longer_bias)[0]                                 # (B,N+P,D)
             if method.keep:                                          # prompts stay in the sequence...
                 h, mask, bias = longer, longer_mask, longer_bias
-            else:                                                    # ...or are dropped again after their block
+            else:                                                  # ...or are dropped again after their block
                 h = longer[:, :h.shape[1]]
-        return self.t5.encoder.final_layer_norm(h), mask, out                                    # dropout is off
+        return self.t5.encoder.final_layer_norm(h), mask, out                                 # dropout is off
 
     def inject(self, h, mask, Nq, prompts):
-        """HERE THE PROMPTS ENTER: P more tokens behind those of the sequence, which every token may look at."""
+        """HERE THE PROMPTS ENTER: P more tokens behind those of the sequence, which every token may look
+        at."""
         longer = torch.cat([h, prompts.to(h.dtype)], 1)                                          # (B,N+P,D)
         mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
-        return longer, mask, self.position_bias(Nq, mask, h.dtype)                               # (B,H,N+P,N+P)
+        return longer, mask, self.position_bias(Nq, mask, h.dtype)                             # (B,H,N+P,N+P)
 
     @staticmethod
     def half(prompts, modality):
-        """One modality's prompts: question prompts come first.  An odd number cannot be told apart and stays."""
+        """One modality's prompts: question prompts come first.  An odd number cannot be told apart and
+        stays."""
         return prompts if prompts.shape[1] % 2 else prompts.chunk(2, 1)[0 if modality == "q" else 1]
 
     def loss(self, hidden, mask, answers):
@@ -462,12 +482,13 @@ class VQABackbone(nn.Module):
 def world_regions(regions):
     """Regions of the built-in world: the crops' pixels in [-1,1] are the feature, f = 768."""
     pixels, boxes, valid = regions
-    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), valid.sum(1)   # (S,6,768) uint8
+    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), valid.sum(1)  # (S,6,768) uint8
     return lambda row: (flat[row, :count[row]].float() / 127.5 - 1, boxes[row, :count[row]])
 
 
 def picture_regions(root):
-    """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16 pixels each."""
+    """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16
+    pixels each."""
     grid = [(x / 3, y / 3, (x + 1) / 3, (y + 1) / 3) for y in range(3) for x in range(3)] + [(0, 0, 1, 1)]
     boxes = torch.tensor(grid, dtype=torch.float32)                                              # (10,4)
 
@@ -485,8 +506,8 @@ def file_regions(folder):
 
 
 def grid_features(name, root, device, cells=6):
-    """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36 cells with boxes.
-    Each picture passes the vision model once; the result is kept on disk."""
+    """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36
+    cells with boxes. Each picture passes the vision model once; the result is kept on disk."""
     from transformers import AutoImageProcessor, AutoModel
     model = metrics.from_pretrained(AutoModel, name, "--vision")
     model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
@@ -505,8 +526,8 @@ def grid_features(name, root, device, cells=6):
         kept = data.cache_folder() / f"grid-{cells}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}.npy"
         if not kept.exists():
             pixels = process(images=data.open_picture(path), return_tensors="pt")["pixel_values"].to(device)
-            patches = model(pixel_values=pixels).last_hidden_state                               # (1,(1+)n*n,f)
-            side = int(patches.shape[1] ** 0.5)                                                  # a class token may come first
+            patches = model(pixel_values=pixels).last_hidden_state                             # (1,(1+)n*n,f)
+            side = int(patches.shape[1] ** 0.5)                                 # a class token may come first
             square = patches[0, -side * side:].T.reshape(1, -1, side, side)                      # (1,f,n,n)
             pooled = F.adaptive_avg_pool2d(square.float(), cells)[0].flatten(1).T.cpu().numpy()  # (36,f)
             with metrics.atomic(kept, "wb") as f:
@@ -519,8 +540,9 @@ def grid_features(name, root, device, cells=6):
 
 
 def load_backbone(args, stream):
-    """The frozen encoder-decoder with its eyes: the small one, or any T5 with any CLIP-like vision model or feature files.
-    Fills in args.train_vision where it is left open: eyes that nobody has trained learn in the first task."""
+    """The frozen encoder-decoder with its eyes: the small one, or any T5 with any CLIP-like vision model or
+    feature files. Fills in args.train_vision where it is left open: eyes that nobody has trained learn in the
+    first task."""
     root, built_in, small = stream.extra.get("root"), args.data == "mini", args.backbone == "mini"
     if built_in and not small:
         raise InputError("--data mini has pictures of its own for the small backbone; with --backbone give your own --data")
@@ -543,7 +565,7 @@ def load_backbone(args, stream):
     if args.features:
         pictures, visual = file_regions(args.features), None
     args.train_vision = args.train_vision or ("never" if visual is not None else "first")
-    if visual is None:                                               # width of the features: ask the first picture
+    if visual is None:                                          # width of the features: ask the first picture
         width = pictures(stream.tasks[0].train[0].image)[0].shape[1]
         torch.manual_seed(0)
         visual = VisualEmbedding(width, t5.config.d_model)
@@ -563,11 +585,11 @@ def load_t5(name):
 
 
 # =========================================================================================== compared methods
-# All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design allows, and
-# inject at the same blocks ("identical injection layers if possible", section 4.2).  A method is a module with
-#   begin_task(t), forward(F_q, F_v, q_mask, v_mask) -> Prompts, end_task()
-#   layers {group of prompts: its blocks}, keep (prompts stay after their block), weights of its losses,
-#   lr (its own rate, from the same small search on a seed that is not reported), other rates where they differ
+# All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design
+# allows, and inject at the same blocks ("identical injection layers if possible", section 4.2).  A method is
+# a module with   begin_task(t), forward(F_q, F_v, q_mask, v_mask) -> Prompts, end_task()   layers {group of
+# prompts: its blocks}, keep (prompts stay after their block), weights of its losses,   lr (its own rate, from
+# the same small search on a seed that is not reported), other rates where they differ
 
 
 class Method(nn.Module):
@@ -604,13 +626,14 @@ class Finetune(Frozen):
 
 
 class Joint(Finetune):
-    """The same, but all tasks at once.  The upper bound: as many steps as it takes, its rate falling to zero."""
+    """The same, but all tasks at once.  The upper bound: as many steps as it takes, its rate falling to
+    zero."""
     one_stage, epochs, batch, schedule = True, 16, 50, "linear"
 
 
 class L2P(Method):
-    """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at the input and stay.
-    2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
+    """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
+    the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
     layers, keep, one_pool = {"G": (0,)}, True, False
 
     def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0):
@@ -626,7 +649,7 @@ class L2P(Method):
         prompts, pull, chosen = [], 0, {}
         for M, pool in self.pools.items():
             _, qk, chosen[M] = pool(q[M])
-            prompts.append(pool.prompts[chosen[M]].flatten(1, 2))    # (B,k,L,D) -> (B,k*L,D): joined, not mixed
+            prompts.append(pool.prompts[chosen[M]].flatten(1, 2))  # (B,k,L,D) -> (B,k*L,D): joined, not mixed
             pull = pull + qk
         return Prompts({"G": torch.cat(prompts, 1)}, {"qk": pull}, chosen)
 
@@ -637,7 +660,8 @@ class L2POnePool(L2P):
 
 
 class DualPrompt(Method):
-    """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its key at test."""
+    """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its
+    key at test."""
 
     def __init__(self, d_model, layers, length=8, tasks=10, qk_weight=1.0):
         super().__init__()
@@ -660,8 +684,9 @@ class DualPrompt(Method):
 
 
 class CODAPrompt(Method):
-    """CODA-Prompt (Smith et al. 2023): a prompt is a weighted sum of all components; each task adds its share, old ones freeze.
-    Weight of component m: cos(q * A_m, K_m).  Orthogonality is asked of components, keys and attention vectors."""
+    """CODA-Prompt (Smith et al. 2023): a prompt is a weighted sum of all components; each task adds its
+    share, old ones freeze. Weight of component m: cos(q * A_m, K_m).  Orthogonality is asked of components,
+    keys and attention vectors."""
 
     def __init__(self, d_model, pool_sizes, layers, length=8, tasks=10, ortho=0.1):
         super().__init__()
@@ -688,7 +713,8 @@ class CODAPrompt(Method):
 
 
 class MaPLe(Method):
-    """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of them; no selection."""
+    """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of
+    them; no selection."""
 
     def __init__(self, d_model, layers, length=8):
         super().__init__()
@@ -707,8 +733,8 @@ METHODS = {"mmprompt": MMPrompt, "none": Frozen, "finetune": Finetune, "joint": 
 
 
 def build_method(args, backbone, stream):
-    """The method that --method names.  Each class is given those of the flags that it has an argument for, and args.options:
-    what has no flag (a table's row sets it)."""
+    """The method that --method names.  Each class is given those of the flags that it has an argument for,
+    and args.options: what has no flag (a table's row sets it)."""
     kind = METHODS[args.method]
     flags = {"n_heads": args.heads, "layers": {"G": tuple(args.layers_g), "E": tuple(args.layers_e)}, "tasks": len(stream),
              "pool_sizes": dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes)),
@@ -720,8 +746,9 @@ def build_method(args, backbone, stream):
 
 
 # ============================================================================================= learn and test
-# The protocol.  `run` reads like the paper's: tasks arrive one after the other; after each, the model is asked about all
-# tasks so far without being told which is which.  `learn_task` is one task, `learn_epoch` one pass over its samples.
+# The protocol.  `run` reads like the paper's: tasks arrive one after the other; after each, the model is
+# asked about all tasks so far without being told which is which.  `learn_task` is one task, `learn_epoch` one
+# pass over its samples.
 
 
 def load_stream(args):
@@ -764,14 +791,14 @@ def make_optimizer(args, method, learning):
 
 
 def learn_task(args, backbone, method, task, run, past=()):
-    """Train on one task; in DI on its subtasks, one after the other, each followed by a row of its own small matrix (F_intra).
-    past: earlier tasks, for --memory."""
+    """Train on one task; in DI on its subtasks, one after the other, each followed by a row of its own small
+    matrix (F_intra). past: earlier tasks, for --memory."""
     memory = replay(args, past)
     for s, part in run.parts(task.subtasks or [task]):
         learning = what_learns(args, backbone, method, run.stage)
         if not learning:                                             # the frozen bound
             continue
-        optimizer = make_optimizer(args, method, learning)           # a new one for each task: no momentum of the last
+        optimizer = make_optimizer(args, method, learning)  # a new one for each task: no momentum of the last
         for epoch in run.epochs(args.epochs, learning, optimizer, part.name):
             loss = learn_epoch(args, backbone, method, part.train, memory, optimizer, run, epoch)
             known = evaluate(args, backbone, method, part.val, args.train_modality)["score"] if part.val else None
@@ -783,8 +810,8 @@ def learn_task(args, backbone, method, task, run, past=()):
 
 
 def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
-    """One pass over the samples.  Their order, answers and masks depend on seed, task, subtask and epoch alone, so that a
-    resumed run draws what the whole one would have drawn.  Returns the mean loss."""
+    """One pass over the samples.  Their order, answers and masks depend on seed, task, subtask and epoch
+    alone, so that a resumed run draws what the whole one would have drawn.  Returns the mean loss."""
     rng = random.Random(f"{args.seed} {run.stage} {run.part} {epoch}")
     torch.manual_seed(rng.getrandbits(48))
     order = rng.sample(samples, len(samples))
@@ -825,7 +852,8 @@ def precision(args):
 
 
 def draw_answer(rng, answers):
-    """A training target: one of the annotators' answers with probability proportional to its soft score min(1, count/3)."""
+    """A training target: one of the annotators' answers with probability proportional to its soft score
+    min(1, count/3)."""
     if len(answers) == 1:
         return answers[0]
     count = Counter(answers)
@@ -833,7 +861,8 @@ def draw_answer(rng, answers):
 
 
 def replay(args, past):
-    """Replay samples: --memory in all, shared equally by the past tasks, drawn at random from each (Table 3)."""
+    """Replay samples: --memory in all, shared equally by the past tasks, drawn at random from each (Table
+    3)."""
     if not args.memory or not past:
         return []
     share = args.memory // len(past)
@@ -843,8 +872,8 @@ def replay(args, past):
 
 @torch.no_grad()
 def evaluate(args, backbone, method, samples, modality=None):
-    """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction depends on its own
-    sample alone.  modality: what the encoder sees, default --modality."""
+    """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction
+    depends on its own sample alone.  modality: what the encoder sees, default --modality."""
     method.eval()
     score, f1, chosen = 0.0, 0.0, {}
     for i in range(0, len(samples), args.eval_batch):
@@ -911,13 +940,13 @@ def may_change(args, backbone, method):
 
 
 def measure(args, stream, backbone, method, run):
-    """({metric: value}, {pool: for each task, how often each prompt was chosen}) of a run whose tasks are all learned.
-    Each task is answered again with one modality hidden (Eq. 12-13)."""
+    """({metric: value}, {pool: for each task, how often each prompt was chosen}) of a run whose tasks are all
+    learned. Each task is answered again with one modality hidden (Eq. 12-13)."""
     tests = [getattr(task, args.split) for task in stream.tasks]
     by = {m: run.kept["last"] if m == args.modality else [evaluate(args, backbone, method, samples, m) for samples in tests]
           for m in ("joint", "v", "q")}
     mean = {m: float(np.mean([answers["score"] for answers in rows])) for m, rows in by.items()}
-    A = np.where(np.isnan(run.A) & (np.tri(len(tests)) == 1), run.A[-1], run.A)                  # one stage: nothing to forget
+    A = np.where(np.isnan(run.A) & (np.tri(len(tests)) == 1), run.A[-1], run.A)  # one stage: nothing to forget
     values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "F_inter_own": metrics.forgetting(A, "own"),
               "token_F1": float(np.mean([answers["f1"] for answers in by["joint"]])), "A_v_only": mean["v"], "A_q_only": mean["q"],
               "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
@@ -925,7 +954,7 @@ def measure(args, stream, backbone, method, run):
     if run.kept.get("intra"):
         squares = [np.array([row + [np.nan] * (len(rows) - len(row)) for row in rows]) for rows in run.kept["intra"].values()]
         values["F_intra"] = metrics.intra_forgetting(squares)
-    if isinstance(method, Joint):                                    # one model for all settings: scored as QI's tasks too
+    if isinstance(method, Joint):                       # one model for all settings: scored as QI's tasks too
         by_type = {}
         for sample in (s for samples in tests for s in samples):
             by_type.setdefault(sample.question_type, []).append(sample)
@@ -935,8 +964,9 @@ def measure(args, stream, backbone, method, run):
 
 
 # ===================================================================================================== tables
-# Each row: label, the arguments that make it, and what the paper prints (VQA v2; A / F_inter).  "options" are arguments of
-# the method's class that have no flag.  A table is {name: (title, label that the others are compared with, rows)}.
+# Each row: label, the arguments that make it, and what the paper prints (VQA v2; A / F_inter).  "options" are
+# arguments of the method's class that have no flag.  A table is {name: (title, label that the others are
+# compared with, rows)}.
 SETTINGS = ("CI", "QI", "DI")
 COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
 PAPER_1 = {                                                          # Table 1: CI, QI, DI
@@ -946,7 +976,7 @@ PAPER_1 = {                                                          # Table 1: 
     "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
     "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
     "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
-OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))               # the method itself, a row of nearly every table
+OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))        # the method itself, a row of nearly every table
 DI = {"setting": "DI"}
 NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
@@ -961,7 +991,7 @@ def ours(label):
 TABLES = {
     "1": ("Table 1 on mini" + PAPERS, "{} mmprompt",
           [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
-           for i, setting in enumerate(SETTINGS) for method in METHODS   # DI's eight tasks are CI's; joint training has no tasks
+           for i, setting in enumerate(SETTINGS) for method in METHODS  # DI's eight tasks are CI's; joint training has no tasks
            if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))]),
     "2": ("Table 2 on mini" + PAPERS, "CQ + CR", [ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)), OURS]),
     "query": ("Eq. 1 learned in the first task only, on mini" + PAPERS, "CQ + CR", [
@@ -1009,7 +1039,8 @@ TABLES = {
 
 
 def bench(args):
-    """Cost of the prompts against the frozen encoder they are injected into, at T5-base shapes with random weights."""
+    """Cost of the prompts against the frozen encoder they are injected into, at T5-base shapes with random
+    weights."""
     from transformers import T5Config, T5ForConditionalGeneration
     B, Nq, Nv, D, H, blocks, words = (8, 8, 6, 64, 4, 6, 512) if args.smoke else (100, 20, 36, 768, 12, 12, 32128)
     config = T5Config(d_model=D, d_kv=D // H, d_ff=4 * D, num_heads=H, num_layers=blocks, num_decoder_layers=1, vocab_size=words,
@@ -1047,7 +1078,8 @@ def bench(args):
 
 @torch.no_grad()
 def looped_pool(pool, q):
-    """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests compare with."""
+    """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests
+    compare with."""
     out = []
     for sample in q:
         s = [torch.dot(sample, k) / (sample.norm() * k.norm()) for k in pool.keys]
@@ -1115,7 +1147,7 @@ def parse_args(argv=None):
     g.add_argument("--lr-backbone", type=metrics.above_zero, help="of the backbone where it learns (default: the method's own)")
     g.add_argument("--weight-decay", type=metrics.finite, default=0.01, help="of attention modules and backbone; prompts have none")
     args = metrics.check_shared(p.parse_args(argv))
-    args.options = {}                                                # arguments of the method's class without a flag
+    args.options = {}                                         # arguments of the method's class without a flag
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
@@ -1154,11 +1186,12 @@ def worth(args, world):
 
 
 # ========================================================================================= the small backbone
-# How backbones/mini-vqa-<seed>.safetensors was made: a small T5 and its eyes learn from statements about scenes of the
-# built-in world with a gap to fill, never from the stream's questions.  Nobody needs this to read the method.
-SHAPE = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)     # 0.75 M parameters
+# How backbones/mini-vqa-<seed>.safetensors was made: a small T5 and its eyes learn from statements about
+# scenes of the built-in world with a gap to fill, never from the stream's questions.  Nobody needs this to
+# read the method.
+SHAPE = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)  # 0.75 M parameters
 STEPS, BATCH, SCENES, RATE, WORDS = 4500, 128, 24_000, 2e-3, 512
-EYES = 3                                                             # steps of the eyes alone, per step of the whole
+EYES = 3                                                      # steps of the eyes alone, per step of the whole
 
 
 def small_config(seed):
@@ -1187,11 +1220,12 @@ def load_small(seed):
 
 
 def mini_tokenizer(texts=()):
-    """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows last."""
+    """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows
+    last."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     known = ["<pad>", "</s>", "<unk>", "<mask>", *data.MINI_WORDS]
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                           # < and > stay: <mask>
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                  # < and > stay: <mask>
                                      pre_tokenizers.Split(Regex(r"[.,;:!?\"'()]"), "isolated")])
     count = Counter(w for text in texts for w, _ in split.pre_tokenize_str(text.lower()))
     new = [w for w, _ in count.most_common() if w not in set(known)]
@@ -1211,7 +1245,7 @@ def pretrain(args):
     about = {"world": data.MINI_VQA_VERSION, "command": f"python mmprompt.py --pretrain --backbone-seed {seed}"}
     metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about, minutes=(time.time() - start) / 60)
     bounds = {}
-    for method in ("none", "joint"):                                 # the bounds, with the file as it will be read
+    for method in ("none", "joint"):                            # the bounds, with the file as it will be read
         one = parse_args(["--method", method, "--backbone-seed", str(seed), "--device", args.device, "--quiet"])
         one.seed = seed
         with tempfile.TemporaryDirectory() as folder:
@@ -1223,8 +1257,9 @@ def pretrain(args):
 
 
 def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
-    """The tensors of a small backbone.  First the eyes alone: a region's token is drawn to the embeddings of the words that
-    describe it, as in contrastive picture-text training.  Then everything together on statements with a gap."""
+    """The tensors of a small backbone.  First the eyes alone: a region's token is drawn to the embeddings of
+    the words that describe it, as in contrastive picture-text training.  Then everything together on
+    statements with a gap."""
     both = small_modules(seed).to(device)
     rng = random.Random(f"upstream {seed}")
     scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
@@ -1257,7 +1292,7 @@ def open_eyes(both, scenes, regions, tokenizer, rng, steps, device, quiet):
     embedding = both["t5"].get_input_embeddings().weight.detach()
     rows = [torch.stack([embedding[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0) for word in values])
             for values in words.values()]                            # one (values,D) for each attribute
-    shown = []                                                       # (scene, region, the thing's value of each attribute)
+    shown = []                                          # (scene, region, the thing's value of each attribute)
     for r, scene in enumerate(scenes):
         for i, j in enumerate(data.region_order(scene)):
             if j < len(scene["things"]):
