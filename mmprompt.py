@@ -4,16 +4,16 @@ Paper     "MM-Prompt: Cross-Modal Prompt Tuning for Continual Visual Question An
 Official  github.com/xli04/CVQA @ 338c19b (read for the list of differences; nothing copied).
 Run       python mmprompt.py --setting CI            python mmprompt.py --help
 
-Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.  So (1) let
-each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and recover them from
-their own and from the other modality's prompts (Eq. 4-10) before the prompts enter a frozen encoder.
+Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.
+So (1) let each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and
+recover them from their own and from the other modality's prompts (Eq. 4-10) before they enter a frozen encoder.
 
-Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L prompt length (tokens) · D width
+Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L tokens of a prompt · D width
           Nq Nv tokens of question and picture · H heads.  M is a modality, Q or V, and M' the other one.
           (B,L,D) is a shape; Eq. n is the paper's number.  Masks are bool, True = a real token.
 
 Call path main                          reads the flags, one run a seed
-            run                         the protocol: tasks one after the other, then a row of the accuracy matrix
+            run                         protocol: task after task, each followed by a row of the accuracy matrix
               learn_task                epochs over one task (in DI: over its subtasks), best epoch kept
                 learn_epoch             batches; Eq. 11
                   VQABackbone.embed     question and pictures -> F_q, F_v, the tokens before the encoder
@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import math
 import random
 import tempfile
 import time
@@ -44,6 +43,7 @@ from tqdm import tqdm
 import data
 import metrics
 from data import InputError
+from metrics import YES_NO, above_zero, check_shared, finite, natural, positive, share, shared_flags
 
 # ================================================================================================== the paper
 # The method in the order of its equations, and nothing else: with `import dataclasses, torch` and torch's
@@ -73,8 +73,8 @@ class Attention(nn.MultiheadAttention):
             self.out_proj.weight.mul_(0.1)
 
     def forward(self, query, key, value, mask=None):
-        # torch marks the tokens that must not be seen, we mark those that are real
-        return super().forward(query, key, value, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
+        hidden = None if mask is None else ~mask                     # torch marks what must not be seen
+        return super().forward(query, key, value, key_padding_mask=hidden, need_weights=False)[0]
 
 
 class SelfAttention(nn.TransformerEncoderLayer):
@@ -111,24 +111,24 @@ class CrossModalQuery(nn.Module):
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        tokens, mask = {"Q": F_q, "V": F_v}, {"Q": q_mask, "V": v_mask}
+        x, mask = {"Q": F_q, "V": F_v}, {"Q": q_mask, "V": v_mask}
         if self.fusion not in ("query", "cross-attention"):
-            return self.without_attention(tokens, mask)
+            return self.without_attention(x, mask)
         # Every token asks the other modality's tokens what matters to it.  seen^M = A(F^M, F^M', F^M')
-        seen = {M: self.attend[M](tokens[M], tokens[OTHER[M]], tokens[OTHER[M]], mask[OTHER[M]]) for M in "QV"}  # (B,N_M,D)
+        seen = {M: self.attend[M](x[M], x[OTHER[M]], x[OTHER[M]], mask[OTHER[M]]) for M in "QV"}  # (B,N,D)
         if self.fusion == "cross-attention":                         # Table 12: nothing of its own is kept
             return {M: masked_mean(seen[M], mask[M]) for M in "QV"}
         # What it saw is added to what it is; the mean over tokens, weighted feature by feature, is the query.
         # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M )                                                    Eq. 1
-        return {M: self.w[M] * masked_mean(seen[M] + tokens[M], mask[M]) for M in "QV"}          # 2 x (B,D)
+        return {M: self.w[M] * masked_mean(seen[M] + x[M], mask[M]) for M in "QV"}          # 2 x (B,D)
 
-    def without_attention(self, tokens, mask):
+    def without_attention(self, x, mask):
         """Isolated queries ("none"), and Table 12's simple ways to mix them."""
-        own = {M: masked_mean(tokens[M], mask[M]) for M in "QV"}                                 # 2 x (B,D)
+        own = {M: masked_mean(x[M], mask[M]) for M in "QV"}                                 # 2 x (B,D)
         if self.fusion == "none":
             return own
         if self.fusion == "mean":                                    # over the tokens of both
-            both = masked_mean(torch.cat([tokens["Q"], tokens["V"]], 1), torch.cat([mask["Q"], mask["V"]], 1))
+            both = masked_mean(torch.cat([x["Q"], x["V"]], 1), torch.cat([mask["Q"], mask["V"]], 1))
         else:
             both = own["Q"] + own["V"] if self.fusion == "plus" else own["Q"] * own["V"]
         return {"Q": both, "V": both}
@@ -145,7 +145,7 @@ class PromptPool(nn.Module):
     def __init__(self, d_model, size, length=8, top_k=5, temperature=1.0):
         super().__init__()
         if top_k > size:
-            raise ValueError(f"--top-k {top_k} is more than the {size} prompts of a pool; enlarge --pool-sizes")
+            raise ValueError(f"--top-k {top_k} is more than the {size} prompts of a pool; see --pool-sizes")
         self.k, self.temperature = top_k, temperature
         self.prompts = nn.Parameter(torch.randn(size, length, d_model) * 0.02)                   # P^M (N,L,D)
         self.keys = nn.Parameter(torch.randn(size, d_model) * 0.02)                              # K^M (N,D)
@@ -289,9 +289,10 @@ class MMPrompt(nn.Module):
     """
     lr = 5e-4                                             # of prompts and keys, from a search on another seed
 
-    def __init__(self, d_model, n_heads=8, length=8, top_k=5, pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120},
-                 mask_ratio=0.05, use_query=True, use_intra=True, use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0,
-                 temperature=1.0, layers={"G": (1, 2), "E": (3, 4, 5)}, keep=False, query_fusion="query",
+    def __init__(self, d_model, n_heads=8, length=8, top_k=5,
+                 pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
+                 use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0, temperature=1.0,
+                 layers={"G": (1, 2), "E": (3, 4, 5)}, keep=False, query_fusion="query",
                  recovery_fusion="recovery", w_res="matrix", mask_granularity="token", freeze_query=False):
         super().__init__()
         self.layers, self.keep, self.freeze_query = dict(layers), keep, freeze_query
@@ -299,8 +300,9 @@ class MMPrompt(nn.Module):
         self.query = CrossModalQuery(d_model, n_heads, query_fusion if use_query else "none")
         self.pools = nn.ModuleDict({name: PromptPool(d_model, size, length, top_k, temperature)
                                     for name, size in pool_sizes.items()})
-        self.recovery = nn.ModuleDict({G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter,
-                                                             recovery_fusion, w_res, mask_granularity) for G in "GE"})
+        self.recovery = nn.ModuleDict({
+            G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter, recovery_fusion, w_res,
+                                  mask_granularity) for G in "GE"})
         self.register_buffer("t", torch.tensor(0))           # current task; a buffer, so that it is saved too
 
     def begin_task(self, t):
@@ -324,7 +326,8 @@ class MMPrompt(nn.Module):
             # Then the two are brought together.                                                      Eq. 4-10
             p_final, intra, inter = self.recovery[G](p)                                          # 2 x (B,L,D)
             out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)                          # (B,2L,D)
-            out.losses["intra"], out.losses["inter"] = out.losses["intra"] + intra, out.losses["inter"] + inter
+            out.losses["intra"] = out.losses["intra"] + intra
+            out.losses["inter"] = out.losses["inter"] + inter
         return out
 
 
@@ -368,22 +371,15 @@ class VQABackbone(nn.Module):
 
     def __init__(self, t5, tokenizer, visual, pictures, prefix="", max_question=20, max_answer=8):
         super().__init__()
-        self.t5, self.tokenizer, self.visual = t5, tokenizer, visual
-        self.pictures, self.prefix, self.max_question, self.max_answer = pictures, prefix, max_question, max_answer
+        self.t5, self.tokenizer, self.visual, self.width = t5, tokenizer, visual, t5.config.d_model
+        self.pictures, self.prefix = pictures, prefix
+        self.max_question, self.max_answer = max_question, max_answer
         self.memo = {}                                          # image -> F_v of it, while `visual` is frozen
         self.eval().requires_grad_(False)                  # dropout off too: the backbone is a fixed function
 
-    @property
-    def device(self):
-        return self.t5.device
-
-    @property
-    def width(self):
-        return self.t5.config.d_model
-
     def tokens(self, texts, limit):
         out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return out["input_ids"].to(self.device), out["attention_mask"].bool().to(self.device)    # 2 x (B,N)
+        return out["input_ids"].to(self.t5.device), out["attention_mask"].bool().to(self.t5.device)  # 2 x (B,N)
 
     def see(self, images):
         """A list of B pictures' tokens, (n,D) each.  While the eyes are frozen, a picture is looked at
@@ -401,7 +397,8 @@ class VQABackbone(nn.Module):
         return [self.memo[image] for image in images]
 
     def pad(self, rows):
-        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)  # B x (n,..) -> (B,Nv,..)
+        """B arrays (n,..) -> (B,Nv,..)"""
+        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.t5.device)
 
     def embed(self, samples):
         """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0."""
@@ -410,12 +407,13 @@ class VQABackbone(nn.Module):
         rows = self.see([s.image for s in samples])
         F_v, sizes = self.pad(rows), torch.tensor([len(row) for row in rows])
         v_mask = torch.arange(F_v.shape[1]) < sizes[:, None]                                     # (B,Nv)
-        return F_q, F_v, q_mask, v_mask.to(self.device)
+        return F_q, F_v, q_mask, v_mask.to(self.t5.device)
 
     def position_bias(self, Nq, mask, dtype):
         """What attention scores get added: T5's own bias between question tokens, zero wherever a visual or
         prompt token takes part, minus infinity for padding.  mask (B,N) of the whole sequence -> (B,H,N,N)"""
-        bias = self.t5.encoder.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=mask.device)  # (1,H,Nq,Nq)
+        first = self.t5.encoder.block[0].layer[0].SelfAttention  # T5 keeps the bias of all blocks in its first
+        bias = first.compute_bias(Nq, Nq, device=mask.device)                                    # (1,H,Nq,Nq)
         more = mask.shape[1] - Nq
         bias = F.pad(bias, (0, more, 0, more))                                                   # (1,H,N,N)
         return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min).to(dtype)
@@ -545,12 +543,12 @@ def load_backbone(args, stream):
     first task."""
     root, built_in, small = stream.extra.get("root"), args.data == "mini", args.backbone == "mini"
     if built_in and not small:
-        raise InputError("--data mini has pictures of its own for the small backbone; with --backbone give your own --data")
+        raise InputError("--data mini is for the small backbone; with --backbone give your own --data")
     if not built_in and not args.features:
         first = data.inside(root, stream.tasks[0].train[0].image)
         if not first.exists():
-            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name region features "
-                             "with --features")
+            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name "
+                             "region features with --features")
     visual = None
     if small:
         texts = [] if built_in else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
@@ -560,7 +558,7 @@ def load_backbone(args, stream):
     else:
         t5, tokenizer = load_t5(args.backbone)
         if not args.features and not args.vision:
-            raise InputError("--backbone other than mini needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
+            raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
         pictures = None if args.features else grid_features(args.vision, root, args.device)
     if args.features:
         pictures, visual = file_regions(args.features), None
@@ -680,7 +678,8 @@ class DualPrompt(Method):
             best = torch.full_like(s[:, 0], t, dtype=torch.long) if self.training else s[:, :t + 1].argmax(-1)
             chosen[M + "E"] = best[:, None]
             expert.append(self.pools[M + "E"][best])                 # (B,L,D)
-        return Prompts({"G": self.pools["G"].expand(len(F_q), -1, -1), "E": torch.cat(expert, 1)}, {"qk": pull}, chosen)
+        general = self.pools["G"].expand(len(F_q), -1, -1)           # (B,2L,D)
+        return Prompts({"G": general, "E": torch.cat(expert, 1)}, {"qk": pull}, chosen)
 
 
 class CODAPrompt(Method):
@@ -692,8 +691,8 @@ class CODAPrompt(Method):
         super().__init__()
         self.layers, self.weights, self.tasks, self.pools = layers, {"ortho": ortho}, tasks, nn.ModuleDict()
         for name, n in pool_sizes.items():
-            self.pools[name] = nn.ParameterDict({"prompts": torch.empty(n, length, d_model), "key": torch.empty(n, d_model),
-                                                 "attend": torch.empty(n, d_model)})
+            shapes = {"prompts": (n, length, d_model), "key": (n, d_model), "attend": (n, d_model)}
+            self.pools[name] = nn.ParameterDict({k: torch.empty(shape) for k, shape in shapes.items()})
             for p in self.pools[name].values():
                 nn.init.orthogonal_(p.data.view(n, -1))
 
@@ -701,8 +700,8 @@ class CODAPrompt(Method):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
         p, penalty, t = {}, 0, int(self.t)
         for name, pool in self.pools.items():
-            share = len(pool["key"]) // self.tasks                   # components per task
-            old, now = t * share, (t + 1) * share
+            each = len(pool["key"]) // self.tasks                    # components per task
+            old, now = t * each, (t + 1) * each
             use = {k: torch.cat([x[:old].detach(), x[old:now]]) for k, x in pool.items()}
             a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)   # (B,m)
             p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                             # (B,L,D)
@@ -728,21 +727,20 @@ class MaPLe(Method):
         return Prompts({i: p.expand(len(F_q), -1, -1) for i, p in both.items()}, {}, {})
 
 
-METHODS = {"mmprompt": MMPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "l2p": L2P, "l2p-one-pool": L2POnePool,
-           "dualprompt": DualPrompt, "coda": CODAPrompt, "maple": MaPLe}
+METHODS = {"mmprompt": MMPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "l2p": L2P,
+           "l2p-one-pool": L2POnePool, "dualprompt": DualPrompt, "coda": CODAPrompt, "maple": MaPLe}
 
 
 def build_method(args, backbone, stream):
     """The method that --method names.  Each class is given those of the flags that it has an argument for,
     and args.options: what has no flag (a table's row sets it)."""
     kind = METHODS[args.method]
-    flags = {"n_heads": args.heads, "layers": {"G": tuple(args.layers_g), "E": tuple(args.layers_e)}, "tasks": len(stream),
-             "pool_sizes": dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes)),
-             **{k: getattr(args, k) for k in ("length", "top_k", "mask_ratio", "alpha", "beta", "qk_weight", "use_query",
-                                              "use_intra", "use_inter")}}
-    wanted = inspect.signature(kind).parameters
+    flags = {**vars(args), "n_heads": args.heads, "tasks": len(stream),
+             "layers": {"G": tuple(args.layers_g), "E": tuple(args.layers_e)},
+             "pool_sizes": dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes))}
+    wanted = {k: flags[k] for k in inspect.signature(kind).parameters if k in flags}
     with metrics.one_clear_line():
-        return kind(backbone.width, **{**{k: v for k, v in flags.items() if k in wanted}, **args.options})
+        return kind(backbone.width, **{**wanted, **args.options})
 
 
 # ============================================================================================= learn and test
@@ -760,13 +758,12 @@ def load_stream(args):
 def what_learns(args, backbone, method, t):
     """{name: parameter} of what task t may change.  Everything else is frozen."""
     backbone.requires_grad_(False)
-    whole_t5, frozen = getattr(method, "whole_t5", False), isinstance(method, Frozen) and not method.whole_t5
-    if whole_t5:
+    if getattr(method, "whole_t5", False):
         backbone.t5.requires_grad_(True)
-    elif args.train_decoder and not frozen:
+    elif args.train_decoder and args.method != "none":
         backbone.t5.decoder.requires_grad_(True)
         backbone.t5.get_input_embeddings().requires_grad_(False)     # shared with the frozen encoder
-    if not frozen and (args.train_vision == "always" or args.train_vision == "first" and t == 0):
+    if args.method != "none" and (args.train_vision == "always" or args.train_vision == "first" and t == 0):
         backbone.visual.requires_grad_(True)
     return {f"{k}.{name}": p for k, part in (("backbone", backbone), ("method", method))
             for name, p in part.named_parameters() if p.requires_grad}
@@ -785,8 +782,8 @@ def make_optimizer(args, method, learning):
         else:
             kind = "attention" if name.startswith(("method.", "backbone.visual.")) else "backbone"
         groups[kind].append(p)
-    groups = [{"params": parameters, "lr": rates[kind], "weight_decay": 0.0 if kind == "pools" else args.weight_decay}
-              for kind, parameters in groups.items() if parameters]
+    decay = {"pools": 0.0, "attention": args.weight_decay, "backbone": args.weight_decay}
+    groups = [{"params": ps, "lr": rates[kind], "weight_decay": decay[kind]} for kind, ps in groups.items() if ps]
     return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
 
 
@@ -801,8 +798,8 @@ def learn_task(args, backbone, method, task, run, past=()):
         optimizer = make_optimizer(args, method, learning)  # a new one for each task: no momentum of the last
         for epoch in run.epochs(args.epochs, learning, optimizer, part.name):
             loss = learn_epoch(args, backbone, method, part.train, memory, optimizer, run, epoch)
-            known = evaluate(args, backbone, method, part.val, args.train_modality)["score"] if part.val else None
-            run.keep(loss, known)
+            known = evaluate(args, backbone, method, part.val, args.train_modality) if part.val else {"score": None}
+            run.keep(loss, known["score"])
         if task.subtasks:
             seen = [getattr(one, args.split) for one in task.subtasks[:s + 1]]
             row = [evaluate(args, backbone, method, samples)["score"] if samples else 0.0 for samples in seen]
@@ -848,7 +845,8 @@ def batch_loss(args, backbone, method, samples, answers):
 
 
 def precision(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
 
 
 def draw_answer(rng, answers):
@@ -865,9 +863,9 @@ def replay(args, past):
     3)."""
     if not args.memory or not past:
         return []
-    share = args.memory // len(past)
+    each = args.memory // len(past)
     return [s for i, task in enumerate(past)
-            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, min(len(task.train), share))]
+            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, min(len(task.train), each))]
 
 
 @torch.no_grad()
@@ -912,20 +910,20 @@ def run(args, folder):
         run.row([answers["score"] for answers in run.kept["last"]])
 
     values, selection = measure(args, stream, backbone, method, run)
-    return run.finish(values, method.state_dict(), f"{args.method} {args.setting}: score on task (column) after (row)",
-                      **count, selection=selection, intra=run.kept.get("intra", {}), world=stream.extra.get("version"),
-                      protocol={"task id at test": False, "replay": args.memory, "select": "best on validation"},
-                      counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
+    title = f"{args.method} {args.setting}: score on task (column) after (row)"
+    return run.finish(values, method.state_dict(), title, **count, selection=selection, intra=run.kept.get("intra", {}),
+                      protocol={"task id at test": False, "replay": args.memory, "select": "validation"},
+                      world=stream.extra.get("version"), counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
 
 
 def announce(args, stream, backbone, method, run):
     """Says what is about to run; returns how many parameters learn and how many are frozen."""
     trainable = sum(p.numel() for p in what_learns(args, backbone, method, 0).values())
     total = sum(p.numel() for part in (backbone, method) for p in part.parameters())
-    run.say(f"method {args.method} · setting {args.setting} · data {stream.extra.get('version', args.data)} · backbone {args.backbone} "
-            f"{args.backbone_seed} · seed {args.seed} · {args.device}\n{data.describe(stream)}\ntrainable {trainable:,} of {total:,} "
-            f"parameters · batch {args.batch} x {args.accum} · epochs {args.epochs} · greedy decoding, no task id at test, "
-            f"replay buffer {args.memory}")
+    run.say(f"method {args.method} · setting {args.setting} · data {stream.extra.get('version', args.data)} · backbone "
+            f"{args.backbone} {args.backbone_seed} · seed {args.seed} · {args.device}\n{data.describe(stream)}\ntrainable "
+            f"{trainable:,} of {total:,} parameters · batch {args.batch} x {args.accum} · epochs {args.epochs} · "
+            f"greedy decoding, no task id at test, replay buffer {args.memory}")
     return {"trainable": trainable, "frozen": total - trainable}
 
 
@@ -943,22 +941,25 @@ def measure(args, stream, backbone, method, run):
     """({metric: value}, {pool: for each task, how often each prompt was chosen}) of a run whose tasks are all
     learned. Each task is answered again with one modality hidden (Eq. 12-13)."""
     tests = [getattr(task, args.split) for task in stream.tasks]
-    by = {m: run.kept["last"] if m == args.modality else [evaluate(args, backbone, method, samples, m) for samples in tests]
-          for m in ("joint", "v", "q")}
+    by = {m: [evaluate(args, backbone, method, samples, m) for samples in tests]
+          for m in ("joint", "v", "q") if m != args.modality} | {args.modality: run.kept["last"]}
     mean = {m: float(np.mean([answers["score"] for answers in rows])) for m, rows in by.items()}
+    f1 = float(np.mean([answers["f1"] for answers in by["joint"]]))
     A = np.where(np.isnan(run.A) & (np.tri(len(tests)) == 1), run.A[-1], run.A)  # one stage: nothing to forget
-    values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "F_inter_own": metrics.forgetting(A, "own"),
-              "token_F1": float(np.mean([answers["f1"] for answers in by["joint"]])), "A_v_only": mean["v"], "A_q_only": mean["q"],
+    values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "token_F1": f1,
+              "F_inter_own": metrics.forgetting(A, "own"), "A_v_only": mean["v"], "A_q_only": mean["q"],
               "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
               "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
     if run.kept.get("intra"):
-        squares = [np.array([row + [np.nan] * (len(rows) - len(row)) for row in rows]) for rows in run.kept["intra"].values()]
+        matrices = run.kept["intra"].values()                 # rows of 1, 2, ... scores: filled up to squares
+        squares = [[row + [np.nan] * (len(rows) - len(row)) for row in rows] for rows in matrices]
         values["F_intra"] = metrics.intra_forgetting(squares)
     if isinstance(method, Joint):                       # one model for all settings: scored as QI's tasks too
         by_type = {}
         for sample in (s for samples in tests for s in samples):
             by_type.setdefault(sample.question_type, []).append(sample)
-        values["A_by_type"] = float(np.mean([evaluate(args, backbone, method, some)["score"] for some in by_type.values()]))
+        scores = [evaluate(args, backbone, method, some)["score"] for some in by_type.values()]
+        values["A_by_type"] = float(np.mean(scores))
     pools = sorted({pool for answers in by["joint"] for pool in answers["chosen"]})
     return values, {pool: [answers["chosen"].get(pool, {}) for answers in by["joint"]] for pool in pools}
 
@@ -977,7 +978,7 @@ PAPER_1 = {                                                          # Table 1: 
     "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
     "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
 OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))        # the method itself, a row of nearly every table
-DI = {"setting": "DI"}
+DI, CI = {"setting": "DI"}, {"setting": "CI"}
 NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
 PAPERS = "; the paper's numbers are its VQA v2"
@@ -991,7 +992,7 @@ def ours(label):
 TABLES = {
     "1": ("Table 1 on mini" + PAPERS, "{} mmprompt",
           [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
-           for i, setting in enumerate(SETTINGS) for method in METHODS  # DI's eight tasks are CI's; joint training has no tasks
+           for i, setting in enumerate(SETTINGS) for method in METHODS  # DI's tasks are CI's; joint knows none
            if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))]),
     "2": ("Table 2 on mini" + PAPERS, "CQ + CR", [ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)), OURS]),
     "query": ("Eq. 1 learned in the first task only, on mini" + PAPERS, "CQ + CR", [
@@ -1014,25 +1015,26 @@ TABLES = {
         ("L_inter", {**DI, "beta": 0.0}, (35.059, 1.204)), ours("L_intra + L_inter")]),
     "12": ("Table 12 on mini" + PAPERS, "query", [
         *((f, {**DI, "options": {"query_fusion": f}}, paper) for f, paper in (
-            ("plus", (34.275, 1.731)), ("mean", (34.398, 2.015)), ("hadamard", (34.702, 1.142)), ("cross-attention", (34.891, 1.202)))),
+            ("plus", (34.275, 1.731)), ("mean", (34.398, 2.015)), ("hadamard", (34.702, 1.142)),
+            ("cross-attention", (34.891, 1.202)))),
         ours("query")]),
     "13": ("Table 13 on mini" + PAPERS, "recovery", [
         *((f, {**DI, "options": {"recovery_fusion": f}}, paper) for f, paper in (
-            ("plus", (33.850, 1.335)), ("mean", (34.170, 1.405)), ("hadamard", (34.212, 1.274)), ("cross-attention", (34.628, 1.428)))),
+            ("plus", (33.850, 1.335)), ("mean", (34.170, 1.405)), ("hadamard", (34.212, 1.274)),
+            ("cross-attention", (34.628, 1.428)))),
         ours("recovery")]),
-    "fig4c": ("Fig. 4c on mini" + PAPERS, "delta 0.05", [
-        (f"delta {x}", {**DI, "mask_ratio": x}, OURS[2] if x == 0.05 else None) for x in (0.01, 0.03, 0.05, 0.07, 0.10)]),
-    "fig4d": ("Fig. 4d on mini" + PAPERS, "alpha 1.0", [
-        (f"alpha {x}", {**DI, "alpha": x}, OURS[2] if x == 1.0 else None) for x in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)]),
-    "fig9": ("Fig. 9 on mini" + PAPERS, "beta 0.3", [
-        (f"beta {x}", {**DI, "beta": x}, OURS[2] if x == 0.3 else None) for x in (0.1, 0.2, 0.3, 0.4, 0.5)]),
     "bounds": ("Bounds of mini", None, [
-        ("CI zero-shot", {"setting": "CI", "method": "none"}, None), ("QI zero-shot", {"setting": "QI", "method": "none"}, None),
-        ("joint", {"setting": "CI", "method": "joint"}, None),
+        ("CI zero-shot", {**CI, "method": "none"}, None), ("QI zero-shot", {"setting": "QI", "method": "none"}, None),
+        ("joint", {**CI, "method": "joint"}, None),
         *((f"{setting} fine-tuning", {"setting": setting, "method": "finetune"}, None) for setting in SETTINGS),
-        *((f"joint, {word} only", {"setting": "CI", "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
+        *((f"joint, {word} only", {**CI, "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
           for word, m in (("question", "q"), ("picture", "v")))]),
 }
+for name, letter, flag, best, values in (("fig4c", "delta", "mask_ratio", 0.05, (0.01, 0.03, 0.05, 0.07, 0.10)),
+                                         ("fig4d", "alpha", "alpha", 1.0, (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)),
+                                         ("fig9", "beta", "beta", 0.3, (0.1, 0.2, 0.3, 0.4, 0.5))):
+    rows = [(f"{letter} {x}", {**DI, flag: x}, OURS[2] if x == best else None) for x in values]
+    TABLES[name] = (f"Fig. {name[3:]} on mini" + PAPERS, f"{letter} {best}", rows)
 
 # =============================================================================================== command line
 # What the prompts cost (--bench), the flags, and `main`, where everything starts.
@@ -1043,27 +1045,23 @@ def bench(args):
     weights."""
     from transformers import T5Config, T5ForConditionalGeneration
     B, Nq, Nv, D, H, blocks, words = (8, 8, 6, 64, 4, 6, 512) if args.smoke else (100, 20, 36, 768, 12, 12, 32128)
-    config = T5Config(d_model=D, d_kv=D // H, d_ff=4 * D, num_heads=H, num_layers=blocks, num_decoder_layers=1, vocab_size=words,
-                      dropout_rate=0.0, decoder_start_token_id=0)
+    config = T5Config(d_model=D, d_kv=D // H, d_ff=4 * D, num_heads=H, num_layers=blocks, num_decoder_layers=1,
+                      vocab_size=words, dropout_rate=0.0, decoder_start_token_id=0)
     torch.manual_seed(0)
     backbone = VQABackbone(T5ForConditionalGeneration(config), None, VisualEmbedding(8, D), None).to(args.device)
     F_q, F_v = torch.randn(B, Nq, D, device=args.device), torch.randn(B, Nv, D, device=args.device)
-    x = F_q, F_v, torch.ones(B, Nq, dtype=torch.bool, device=args.device), torch.ones(B, Nv, dtype=torch.bool, device=args.device)
+    x = F_q, F_v, torch.ones_like(F_q[..., 0]).bool(), torch.ones_like(F_v[..., 0]).bool()  # every token is real
     mm = MMPrompt(D, length=args.length).to(args.device).eval()
     dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
-    pool, q = mm.pools["VE"], torch.randn(B, D, device=args.device)
-    assert torch.allclose(looped_pool(pool, q[:2]), pool(q[:2])[0], atol=1e-5)
-    jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x), "query + selection + recovery (Eq. 1-10)": lambda: mm(*x),
-            "DualPrompt's prompts": lambda: dual(*x), "encoder with MM-Prompt": lambda: backbone.encode(*x, mm),
-            "encoder with DualPrompt": lambda: backbone.encode(*x, dual), "selection (Eq. 2-3), one pool of 120": lambda: pool(q)}
-    slow = {"the same in loops over samples and prompts": lambda: looped_pool(pool, q),
-            "query + selection + recovery, a loop over samples": lambda: looped_method(mm, *x)}
+    jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x),
+            "query + selection + recovery (Eq. 1-10)": lambda: mm(*x), "DualPrompt's prompts": lambda: dual(*x),
+            "encoder with MM-Prompt": lambda: backbone.encode(*x, mm),
+            "encoder with DualPrompt": lambda: backbone.encode(*x, dual)}
     with torch.no_grad(), precision(args):
         times = dict(zip(jobs, metrics.seconds(args.device, *jobs.values(), repeats=3)))
-        times |= zip(slow, metrics.seconds(args.device, *slow.values(), repeats=1))
     names, here = list(times), metrics.environment()
-    over = {names[1]: names[0], names[3]: names[4], names[6]: names[5], names[7]: names[1]}
+    over = {names[1]: names[0], names[3]: names[4], names[4]: names[0]}
     print(f"batch {B}, {Nq} question and {Nv} picture tokens, width {D}, {blocks} encoder blocks, {args.dtype}, "
           f"{here['hardware']}, {here['threads']} threads")
     for name, value in times.items():
@@ -1074,30 +1072,6 @@ def bench(args):
           f"throughput {B / times[names[3]]:.0f} samples/s · peak {metrics.peak_memory_mb():.0f} MiB\n"
           "paper, Fig. 7: MM-Prompt 0.179 s per 100 samples, DualPrompt 0.158 s, ratio 1.13")
     return times
-
-
-@torch.no_grad()
-def looped_pool(pool, q):
-    """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests
-    compare with."""
-    out = []
-    for sample in q:
-        s = [torch.dot(sample, k) / (sample.norm() * k.norm()) for k in pool.keys]
-        best = sorted(range(len(s)), key=lambda i: -float(s[i]))[:pool.k]
-        weight = [math.exp(float(s[i]) / pool.temperature) for i in best]
-        out.append(sum(w / sum(weight) * pool.prompts[i] for w, i in zip(weight, best)))
-    return torch.stack(out)
-
-
-def looped_method(method, F_q, F_v, q_mask, v_mask):
-    """The whole of Eq. 1-10 one sample at a time, selection one prompt at a time."""
-    out = {G: [] for G in "GE"}
-    for b in range(len(F_q)):
-        q = method.query(F_q[b:b + 1], F_v[b:b + 1], q_mask[b:b + 1], v_mask[b:b + 1])
-        for G in "GE":
-            final = method.recovery[G]({M: looped_pool(method.pools[M + G], q[M]) for M in "QV"})[0]
-            out[G].append(torch.cat([final["Q"], final["V"]], 1))
-    return {G: torch.cat(rows) for G, rows in out.items()}
 
 
 def settle(args):
@@ -1113,40 +1087,39 @@ def settle(args):
 
 
 def parse_args(argv=None):
-    p = metrics.shared_flags("MM-Prompt: continual visual question answering with cross-modal prompts.", METHODS, TABLES,
-                             "mini | vqav2 | nextqa | a .jsonl file", "mini, or any T5-family Hugging Face id or folder", root=".")
+    p = shared_flags("MM-Prompt: continual visual question answering with cross-modal prompts.", METHODS, TABLES,
+                     "mini | vqav2 | nextqa | a .jsonl file", "mini, or any T5-family Hugging Face id or folder", root=".")
     g = p.add_argument_group("data and backbone of MM-Prompt")
     g.add_argument("--setting", default="CI", choices=["DI", "CI", "QI"], help="dual, class or question increment")
-    g.add_argument("--sizes", type=metrics.positive, nargs=3, default=[8000, 800, 1600], help="mini: questions in train, val, test")
+    g.add_argument("--sizes", type=positive, nargs=3, default=[8000, 800, 1600], help="mini: questions")
     g.add_argument("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
-    g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder that sees the pictures for --backbone")
-    g.add_argument("--train-vision", choices=["first", "always", "never"], help="when the visual embedding learns (default: never "
-                   "where it is pre-trained, else in the first task)")
-    g.add_argument("--train-decoder", default=False, action=metrics.YES_NO, help="the official code's choice; the paper freezes it")
+    g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder: the eyes of --backbone")
+    g.add_argument("--train-vision", choices=["first", "always", "never"], help="when the visual "
+                   "embedding learns (default: never where it is pre-trained, else in the first task)")
+    g.add_argument("--train-decoder", default=False, action=YES_NO, help="as the official code does")
     g = p.add_argument_group("the paper's")
-    g.add_argument("--length", type=metrics.positive, default=8, help="L, tokens per prompt (1 = parity with paper and code)")
-    g.add_argument("--top-k", type=metrics.positive, default=5, help="k of Eq. 2")
-    g.add_argument("--pool-sizes", type=metrics.positive, nargs=4, default=[40, 60, 80, 120], metavar=("QG", "QE", "VG", "VE"),
-                   help="N, Table 9")
-    g.add_argument("--mask-ratio", type=metrics.share, default=0.05, help="delta of Eq. 4")
-    g.add_argument("--alpha", type=metrics.finite, default=1.0, help="alpha of Eq. 11, weight of L_inter")
-    g.add_argument("--beta", type=metrics.finite, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=metrics.finite, default=1.0, help="weight of L_qk, in L2P and DualPrompt too (official: 0.05)")
-    g.add_argument("--heads", type=metrics.positive, default=8, help="attention heads of A")
-    g.add_argument("--layers-g", type=metrics.natural, nargs="+", default=[1, 2], help="encoder blocks with G prompts, from 0")
-    g.add_argument("--layers-e", type=metrics.natural, nargs="+", default=[3, 4, 5], help="encoder blocks with E prompts, from 0")
-    g.add_argument("--use-query", default=True, action=metrics.YES_NO, help="CQ of Table 2 (Eq. 1)")
-    g.add_argument("--use-intra", default=True, action=metrics.YES_NO, help="intra recovery of Table 10 (Eq. 5-6)")
-    g.add_argument("--use-inter", default=True, action=metrics.YES_NO, help="inter recovery of Table 10 (Eq. 7-10)")
-    g.add_argument("--memory", type=metrics.natural, default=0, help="replay samples in all (Table 3)")
-    g.add_argument("--modality", default="joint", choices=["joint", "v", "q"], help="what the encoder sees at test (Eq. 12-13)")
-    g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="what it sees in training (blind bounds)")
+    g.add_argument("--length", type=positive, default=8, help="L, tokens per prompt (1 as in the paper)")
+    g.add_argument("--top-k", type=positive, default=5, help="k of Eq. 2")
+    g.add_argument("--pool-sizes", type=positive, nargs=4, default=[40, 60, 80, 120], help="N of QG QE VG VE")
+    g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
+    g.add_argument("--alpha", type=finite, default=1.0, help="alpha of Eq. 11, weight of L_inter")
+    g.add_argument("--beta", type=finite, default=0.3, help="beta of Eq. 11, weight of L_intra")
+    g.add_argument("--qk-weight", type=finite, default=1.0, help="weight of L_qk (official: 0.05)")
+    g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
+    g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
+    g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")
+    g.add_argument("--use-query", default=True, action=YES_NO, help="CQ of Table 2 (Eq. 1)")
+    g.add_argument("--use-intra", default=True, action=YES_NO, help="intra recovery (Eq. 5-6)")
+    g.add_argument("--use-inter", default=True, action=YES_NO, help="inter recovery (Eq. 7-10)")
+    g.add_argument("--memory", type=natural, default=0, help="replay samples in all (Table 3)")
+    g.add_argument("--modality", default="joint", choices=["joint", "v", "q"], help="seen at test (Eq. 12-13)")
+    g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="seen in training")
     g = p.add_argument_group("training of MM-Prompt")
-    g.add_argument("--accum", type=metrics.positive, default=1, help="batches per optimiser step")
-    g.add_argument("--lr-attention", type=metrics.above_zero, help="of attention modules and visual embedding (default: --lr / 10)")
-    g.add_argument("--lr-backbone", type=metrics.above_zero, help="of the backbone where it learns (default: the method's own)")
-    g.add_argument("--weight-decay", type=metrics.finite, default=0.01, help="of attention modules and backbone; prompts have none")
-    args = metrics.check_shared(p.parse_args(argv))
+    g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
+    g.add_argument("--lr-attention", type=above_zero, help="of attention modules and eyes (default: --lr / 10)")
+    g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns")
+    g.add_argument("--weight-decay", type=finite, default=0.01, help="not of prompts")
+    args = check_shared(p.parse_args(argv))
     args.options = {}                                         # arguments of the method's class without a flag
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
@@ -1160,8 +1133,7 @@ def main(argv=None):
         args.seed = args.seeds[0]
         return (pretrain if args.pretrain else bench)(settle(args))
     if args.table:
-        title, against, rows = TABLES[args.table]
-        table = metrics.Table(args, settle, title, against, rows, COLUMNS, ("A", "F_inter"), "A / F_inter", "fig" in args.table)
+        table = metrics.Table(args, settle, *TABLES[args.table], COLUMNS, COLUMNS[:2], "A / F_inter", "fig" in args.table)
         for one, folder in table.missing():
             run(one, folder)
         return print(table.write())
@@ -1178,8 +1150,8 @@ def main(argv=None):
 
 def worth(args, world):
     """What this run's score should be compared with, "" where nothing is on file."""
-    labels = {"frozen": f"{'QI' if args.setting == 'QI' else 'CI'} zero-shot", "fine-tuning": f"{args.setting} fine-tuning",
-              "joint": "joint"}
+    tasks = "QI" if args.setting == "QI" else "CI"                   # DI's tasks are CI's
+    labels = {"frozen": f"{tasks} zero-shot", "fine-tuning": f"{args.setting} fine-tuning", "joint": "joint"}
     column = {"frozen": "A", "fine-tuning": "A", "joint": "A_by_type" if args.setting == "QI" else "A"}
     line = metrics.worth("mmprompt", world, labels, column)
     return line and line + "\n"
@@ -1234,7 +1206,7 @@ def mini_tokenizer(texts=()):
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     lost = max(0, len(known) + len(new) - WORDS)
     if new:
-        tqdm.write(f"{len(new)} words are new to the small backbone: {len(new) - lost} get random rows, {lost} become <unk>")
+        tqdm.write(f"{len(new)} words are new: {len(new) - lost} get random rows, {lost} become <unk>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -1243,7 +1215,7 @@ def pretrain(args):
     start, seed = time.time(), args.backbone_seed
     tensors = train_small(seed, STEPS, SCENES, args.device, args.quiet)
     about = {"world": data.MINI_VQA_VERSION, "command": f"python mmprompt.py --pretrain --backbone-seed {seed}"}
-    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about, minutes=(time.time() - start) / 60)
+    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about)
     bounds = {}
     for method in ("none", "joint"):                            # the bounds, with the file as it will be read
         one = parse_args(["--method", method, "--backbone-seed", str(seed), "--device", args.device, "--quiet"])
@@ -1266,7 +1238,7 @@ def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
               for i in range(scenes_n)]
     regions, tokenizer = data.draw_scenes(scenes), mini_tokenizer()
     open_eyes(both, scenes, regions, tokenizer, rng, max(EYES * steps, 20), device, quiet)
-    backbone = VQABackbone(both["t5"], tokenizer, both["visual"], world_regions(regions), max_question=16, max_answer=10)
+    backbone = VQABackbone(both["t5"], tokenizer, both["visual"], world_regions(regions), "", 16, 10)
     both.requires_grad_(True).train()
 
     def fill_the_gap(step):
@@ -1287,8 +1259,8 @@ def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
 
 def open_eyes(both, scenes, regions, tokenizer, rng, steps, device, quiet):
     """The visual embedding learns alone which words belong to a region."""
-    words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES, "size": data.SIZES,
-             "cell": list(data.CELLS)}
+    words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES,
+             "size": data.SIZES, "cell": list(data.CELLS)}
     embedding = both["t5"].get_input_embeddings().weight.detach()
     rows = [torch.stack([embedding[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0) for word in values])
             for values in words.values()]                            # one (values,D) for each attribute
