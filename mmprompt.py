@@ -79,8 +79,10 @@ class Attention(nn.MultiheadAttention):
 
 class SelfAttention(nn.TransformerEncoderLayer):
     """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each with a
-    residual. It starts near the identity.  Raises ValueError unless n_heads divides d_model.  forward(x
-    (B,N,D)) -> (B,N,D)"""
+    residual.  It starts near the identity.  Raises ValueError unless n_heads divides d_model.
+
+    forward(x (B,N,D)) -> (B,N,D)
+    """
 
     def __init__(self, d_model, n_heads, hidden):
         if d_model % n_heads:
@@ -281,11 +283,11 @@ class MMPrompt(nn.Module):
     """The whole method (Fig. 2): one cross-modal query, four pools, one recovery for G(eneral) and one for
     E(xpert) prompts.
 
-    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts with {"G","E"}: (B,2L,D) and losses qk,
-    intra, inter. pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder
-    blocks. keep: prompts stay in the sequence after their block (official code).  freeze_query: Eq. 1 learns
-    in the first task only, so that old questions keep their prompts.  temperature of Eq. 3; query_fusion,
-    recovery_fusion: Tables 12 and 13.
+    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts: {"G","E"}: (B,2L,D), losses qk, intra, inter.
+    pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder blocks.
+    keep: prompts stay in the sequence after their block (official code).
+    freeze_query: Eq. 1 learns in the first task only, so that old questions keep their prompts.
+    temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
     lr = 5e-4                                             # of prompts and keys, from a search on another seed
 
