@@ -1,287 +1,354 @@
 """MM-Prompt: cross-modal prompt query and recovery for continual visual question answering, in one file.
 
 Paper     "MM-Prompt: Cross-Modal Prompt Tuning for Continual Visual Question Answering", arXiv 2505.19455v1.
-Official  github.com/xli04/CVQA @ 338c19b (read for the list of differences in docs/mmprompt.md; nothing copied).
+Official  github.com/xli04/CVQA @ 338c19b (read for the list of differences; nothing copied).
 Run       python mmprompt.py --setting CI            python mmprompt.py --help
 
-Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.  So (1)
-let each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and recover
-them from their own and from the other modality's prompts (Eq. 4-10) before the prompts enter a frozen encoder.
+Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.
+So (1) let each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and
+recover them from their own and from the other modality's prompts (Eq. 4-10) before they enter a frozen encoder.
 
-Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L prompt length (tokens) · D width
+Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L tokens of a prompt · D width
           Nq Nv tokens of question and picture · H heads.  M is a modality, Q or V, and M' the other one.
           (B,L,D) is a shape; Eq. n is the paper's number.  Masks are bool, True = a real token.
 
-Call path, from the command line to the line where the prompts enter the backbone
-    main                      reads the flags; a run for each seed
-    run                       the protocol: task after task, test on all tasks seen so far
-    learn_task                epochs over one task (in double increment: over one subtask)
-    batch_loss                Eq. 11 on a batch
-    VQABackbone.embed         question and picture -> F^Q (B,Nq,D), F^V (B,Nv,D): the tokens before encoder block 0
-    VQABackbone.encode        asks the method for prompts, then walks through the encoder's blocks
-    MMPrompt.forward          CrossModalQuery (Eq. 1) -> PromptPool (Eq. 2-3) -> CrossModalRecovery (Eq. 4-10)
-    VQABackbone.encode        torch.cat([h, prompts]): appended for blocks 1, 2 (G) and 3, 4, 5 (E), dropped after each
-    VQABackbone.loss, answer  the decoder reads the encoder's output: cross-entropy, or greedy decoding
+Call path main                          reads the flags, one run a seed
+            run                         protocol: task after task, each followed by a row of the accuracy matrix
+              learn_task                epochs over one task (in DI: over its subtasks), best epoch kept
+                learn_epoch             batches; Eq. 11
+                  VQABackbone.embed     question and pictures -> F_q, F_v, the tokens before the encoder
+                  VQABackbone.encode    asks the method for prompts, then runs the encoder block by block
+                    MMPrompt.forward    Eq. 1-10: CrossModalQuery, PromptPool, CrossModalRecovery -> Prompts
+                    VQABackbone.inject  torch.cat([h, prompts]): HERE THE PROMPTS ENTER, for their block
+                  VQABackbone.loss      the frozen decoder reads the encoder's output: L_CE
 """
-import json
-import math
+import argparse
+import dataclasses
+import functools
+import hashlib
+import inspect
 import random
+import tempfile
+import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import metrics
 from data import InputError
+from metrics import YES_NO, above_zero, check_shared, finite, natural, positive, share, shared_flags
 
 # ================================================================================================== the paper
-# Section 3 of the paper in the order of its equations, and nothing else: this part can be copied out by itself.  Every
-# quantity exists twice, for the question and for the picture; {"Q": ..., "V": ...} holds the two.
+# The method in the order of its equations, and nothing else: with `import dataclasses, torch` and torch's
+# `nn` and `F`, this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for
+# question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
 
 
-def attention(d_model, n_heads):
-    """A(query, key, value) of the paper: multi-head attention.  It starts small, so that what it is added to passes
-    almost unchanged at first.  Raises ValueError where the heads do not divide the width."""
-    if d_model % n_heads:
-        raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
-    layer = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
-    with torch.no_grad():
-        layer.out_proj.weight.mul_(0.1)
-    return layer
-
-
-def encoder_layer(d_model, n_heads, width):
-    """A(x) of the paper, with one argument: self-attention and a feed-forward part of `width`, each with a residual.
-    It starts near identity.  Raises ValueError where the heads do not divide the width."""
-    if d_model % n_heads:
-        raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
-    layer = nn.TransformerEncoderLayer(d_model, n_heads, width, dropout=0.0, batch_first=True, norm_first=True)
-    with torch.no_grad():
-        layer.self_attn.out_proj.weight.mul_(0.1)
-        layer.linear2.weight.mul_(0.1)
-        layer.linear2.bias.zero_()
-    return layer
-
-
 def masked_mean(x, mask):
-    """Mean over real tokens.  x (B,N,D), mask (B,N) -> (B,D)."""
+    """Phi of Eq. 1: the mean over real tokens.  x (B,N,D), mask (B,N) -> (B,D)."""
     m = mask[..., None].to(x.dtype)                                  # (B,N,1)
     return (x * m).sum(1) / m.sum(1).clamp(min=1)                    # padding neither adds nor counts
 
 
-class CrossModalQuery(nn.Module):
-    """Each modality looks at the other before it becomes a query.  Section 3.2, Eq. 1.  Uses attention, masked_mean.
+class Attention(nn.MultiheadAttention):
+    """A(query, key, value): attention of M's tokens on other tokens.  Its output starts small, so that what
+    it is added to starts nearly unchanged.  Raises ValueError unless n_heads divides d_model.
 
-    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
+    forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
     """
 
-    def __init__(self, d_model, n_heads=8):
+    def __init__(self, d_model, n_heads):
+        if d_model % n_heads:
+            raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
+        super().__init__(d_model, n_heads, batch_first=True)
+        with torch.no_grad():                                        # start near "nothing added"
+            self.out_proj.weight.mul_(0.1)
+
+    def forward(self, query, key, value, mask=None):
+        hidden = None if mask is None else ~mask                     # torch marks what must not be seen
+        return super().forward(query, key, value, key_padding_mask=hidden, need_weights=False)[0]
+
+
+class SelfAttention(nn.TransformerEncoderLayer):
+    """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each with a
+    residual.  It starts near the identity.  Raises ValueError unless n_heads divides d_model.
+
+    forward(x (B,N,D)) -> (B,N,D)
+    """
+
+    def __init__(self, d_model, n_heads, hidden):
+        if d_model % n_heads:
+            raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
+        super().__init__(d_model, n_heads, hidden, dropout=0.0, batch_first=True, norm_first=True)
+        with torch.no_grad():                                        # start near the identity
+            self.self_attn.out_proj.weight.mul_(0.1)                 # both branches are added to x:
+            self.linear2.weight.mul_(0.1)                            # small branches, nearly x
+            self.linear2.bias.zero_()
+
+
+class CrossModalQuery(nn.Module):
+    """Each modality looks at the other before it becomes a query (section 3.2, Eq. 1).
+
+    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
+    fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are the alternatives of Table
+    12. Uses OTHER, masked_mean and Attention of this section.
+    """
+
+    def __init__(self, d_model, n_heads=8, fusion="query"):
         super().__init__()
-        self.attend = nn.ModuleDict({M: attention(d_model, n_heads) for M in "QV"})
-        self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})   # "initialised uniformly"
+        if fusion not in ("query", "none", "plus", "mean", "hadamard", "cross-attention"):
+            raise ValueError(f"no query fusion {fusion!r}")
+        self.fusion = fusion
+        if fusion in ("query", "cross-attention"):
+            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+        if fusion == "query":                                        # w "initialised uniformly": all ones
+            self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         x, mask = {"Q": F_q, "V": F_v}, {"Q": q_mask, "V": v_mask}
-        q = {}
-        for M in "QV":
-            # Every token of M asks the tokens of M' what they know: queries from M, keys and values from M'.
-            other, hidden = x[OTHER[M]], ~mask[OTHER[M]]
-            seen, _ = self.attend[M](x[M], other, other, key_padding_mask=hidden, need_weights=False)   # (B,N_M,D)
-            # The answer is added to the token, the tokens are averaged, and w weighs the features.
-            # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M ),   Phi = mean over real tokens                    Eq. 1
-            q[M] = self.w[M] * masked_mean(seen + x[M], mask[M])     # (B,D)
-        return q
+        if self.fusion not in ("query", "cross-attention"):
+            return self.without_attention(x, mask)
+        # Every token asks the other modality's tokens what matters to it.  seen^M = A(F^M, F^M', F^M')
+        seen = {M: self.attend[M](x[M], x[OTHER[M]], x[OTHER[M]], mask[OTHER[M]]) for M in "QV"}  # (B,N,D)
+        if self.fusion == "cross-attention":                         # Table 12: nothing of its own is kept
+            return {M: masked_mean(seen[M], mask[M]) for M in "QV"}
+        # What it saw is added to what it is; the mean over tokens, weighted feature by feature, is the query.
+        # q^M = w^M * Phi( A(F^M, F^M', F^M') + F^M )                                                    Eq. 1
+        return {M: self.w[M] * masked_mean(seen[M] + x[M], mask[M]) for M in "QV"}          # 2 x (B,D)
+
+    def without_attention(self, x, mask):
+        """Isolated queries ("none"), and Table 12's simple ways to mix them."""
+        own = {M: masked_mean(x[M], mask[M]) for M in "QV"}                                 # 2 x (B,D)
+        if self.fusion == "none":
+            return own
+        if self.fusion == "mean":                                    # over the tokens of both
+            both = masked_mean(torch.cat([x["Q"], x["V"]], 1), torch.cat([mask["Q"], mask["V"]], 1))
+        else:
+            both = own["Q"] + own["V"] if self.fusion == "plus" else own["Q"] * own["V"]
+        return {"Q": both, "V": both}
 
 
 class PromptPool(nn.Module):
-    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them.  Section 3.2, Eq. 2-3.
+    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).  Needs
+    no other name.
 
-    forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: batch mates do not matter.
-    Raises ValueError where k is more than N.
+    forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: batch mates do not
+    matter. Raises ValueError for more than the pool holds.
     """
 
     def __init__(self, d_model, size, length=8, top_k=5, temperature=1.0):
         super().__init__()
         if top_k > size:
-            raise ValueError(f"--top-k {top_k} is more than the {size} prompts of a pool; enlarge --pool-sizes")
+            raise ValueError(f"--top-k {top_k} is more than the {size} prompts of a pool; see --pool-sizes")
         self.k, self.temperature = top_k, temperature
-        self.prompts = nn.Parameter(torch.randn(size, length, d_model) * 0.02)        # P^M (N,L,D)
-        self.keys = nn.Parameter(torch.randn(size, d_model) * 0.02)                   # K^M (N,D)
+        self.prompts = nn.Parameter(torch.randn(size, length, d_model) * 0.02)                   # P^M (N,L,D)
+        self.keys = nn.Parameter(torch.randn(size, d_model) * 0.02)                              # K^M (N,D)
 
     def forward(self, q):
-        # The k keys that point most nearly in the query's direction.
-        # I^M = the k largest of cos(q^M, k_i^M)                                                            Eq. 2
-        keys = F.normalize(self.keys, dim=-1)                                         # (N,D)
-        score, chosen = (F.normalize(q, dim=-1) @ keys.T).topk(self.k, dim=-1)        # 2 x (B,k)
-        # Their prompts are mixed, the nearer the more.  Through these weights keys and query learn from the answer.
-        # p~^M = sum_{i in I} a_i p_i,   a = softmax over I of cos(q, k_i)                                  Eq. 3
-        a = (score / self.temperature).softmax(-1)                                    # (B,k)
-        p_tilde = torch.einsum("bk,bkld->bld", a, self.prompts[chosen])               # (B,L,D)
-        # Chosen keys are pulled to the query.  The query is a constant here: otherwise the query network satisfies
-        # this loss by sending every query in one direction, and selection dies.
-        # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B                                     a part of Eq. 11
-        near = torch.einsum("bd,bkd->bk", F.normalize(q.detach(), dim=-1), keys[chosen])       # (B,k)
-        return p_tilde, (1 - near).sum(-1).mean(), chosen
+        keys = F.normalize(self.keys, dim=-1)                                                    # (N,D)
+        # The prompts whose keys point where the query points are chosen.
+        # I^M = the k largest of cos(q^M, k_i^M)                                                         Eq. 2
+        score, chosen = (F.normalize(q, dim=-1) @ keys.T).topk(self.k, dim=-1)                   # 2 x (B,k)
+        # The nearer the key, the more of its prompt: a is a softmax over the chosen ones only.
+        # p~^M = sum_{i in I} a_i p_i,  a = softmax over I of cos(q, k_i)                                Eq. 3
+        a = (score / self.temperature).softmax(-1)                                               # (B,k)
+        p = torch.einsum("bk,bkld->bld", a, self.prompts[chosen])                                # (B,L,D)
+        # The chosen keys move towards the query.  It is a constant here: otherwise the query network
+        # satisfies this loss by sending every query in one direction, and selection dies.
+        # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B                                    part of Eq. 11
+        pull = torch.einsum("bd,bkd->bk", F.normalize(q.detach(), dim=-1), keys[chosen])         # (B,k)
+        return p, (1 - pull).sum(-1).mean(), chosen
 
 
 class CrossModalRecovery(nn.Module):
-    """Hide prompt tokens, recover them inside the modality, then across.  Section 3.3, Eq. 4-10.
+    """Hide prompt tokens, recover them inside the modality, then across (section 3.3, Eq. 4-10).
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
-    Uses attention, encoder_layer and OTHER.  w_res: "matrix" (D,D), for which Eq. 6's orthogonality has a meaning, or
-    "vector" (D,), as printed.  mask_granularity: what b of Eq. 4 hides, a "token" or a "feature" of it.
-    res_scale: how lightly Eq. 5 touches the other modality.
+    fusion: "recovery" is the paper's; the rest are the alternatives of Table 13.  w_res: "matrix" or
+    "vector". mask_granularity: whether Eq. 4 hides a "token" or a "feature".  Uses OTHER, Attention and
+    SelfAttention.
     """
 
-    def __init__(self, d_model, n_heads=8, mask_ratio=0.05, use_intra=True, use_inter=True, w_res="matrix",
-                 mask_granularity="token", res_scale=0.1):
+    def __init__(self, d_model, n_heads=8, mask_ratio=0.05, use_intra=True, use_inter=True, fusion="recovery",
+                 w_res="matrix", mask_granularity="token", res_scale=0.1):
         super().__init__()
-        self.delta, self.use_intra, self.use_inter = mask_ratio, use_intra, use_inter
+        if fusion not in ("recovery", "plus", "mean", "hadamard", "cross-attention"):
+            raise ValueError(f"no recovery fusion {fusion!r}")
+        self.delta, self.use_intra, self.use_inter, self.fusion = mask_ratio, use_intra, use_inter, fusion
         self.granularity, self.res_scale = mask_granularity, res_scale
-        if use_intra:                                                # "twice the feed-forward dimension": 2 D, then 4 D
-            self.intra = nn.ModuleDict({M: encoder_layer(d_model, n_heads, 2 * d_model) for M in "QV"})
+        if fusion == "recovery" and use_intra:
+            self.intra = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 2 * d_model) for M in "QV"})
+            # a matrix starts as the identity, a vector with length 1: both are "orthogonal" in the sense of
+            # Eq. 6
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
-        if use_inter:
-            self.inter = nn.ModuleDict({M: attention(d_model, n_heads) for M in "QV"})
-            self.refine = nn.ModuleDict({M: encoder_layer(d_model, n_heads, 4 * d_model) for M in "QV"})
+        if fusion in ("recovery", "cross-attention") and use_inter:
+            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+        if fusion == "recovery" and use_inter:                     # A' has "twice the feed-forward dimension"
+            self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
             self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
 
-    def hide(self, p_tilde):
-        """p^ from p~, {"Q","V"} (B,L,D): a share delta is set to zero, the same places in both, in training only."""
-        if not self.training or self.delta == 0:
-            return p_tilde
-        B, L, D = p_tilde["Q"].shape
-        # p^^M = (1 - b) * p~^M,   b = 1 with probability delta, one b for both modalities                  Eq. 4
-        b = torch.rand(B, L, D if self.granularity == "feature" else 1, device=p_tilde["Q"].device) < self.delta
-        return {M: p_tilde[M].masked_fill(b, 0.0) for M in "QV"}     # b (B,L,1) or (B,L,D)
+    def forward(self, p):
+        nothing = p["Q"].new_zeros(())
+        if self.fusion != "recovery":                                                            # Table 13
+            return {M: self.mix(M, p) for M in "QV"}, nothing, nothing
+        if not (self.use_intra or self.use_inter):          # isolated prompts: nothing is hidden or recovered
+            return p, nothing, nothing
+        p_hat = self.hide(p)                                                                     # Eq. 4
+        p_intra, L_intra = self.recover_intra(p_hat, p) if self.use_intra else (p_hat, nothing)  # Eq. 5-6
+        p_final, L_inter = self.recover_inter(p_intra, p) if self.use_inter else (p_intra, nothing)  # Eq. 7-10
+        return p_final, L_intra, L_inter
 
-    def cross(self, M, x, p_tilde):
-        """A(x, p~^M', p~^M'), the cross-attention that Eq. 7 and Eq. 10 share.  x (B,L,D) -> (B,L,D)."""
-        other = p_tilde[OTHER[M]]
-        return self.inter[M](x, other, other, need_weights=False)[0]
+    def hide(self, p):
+        """p^^M = (1-b) * p~^M, in training only: what is hidden must be recovered, so the recovery learns.
+        Eq. 4"""
+        if not self.training or self.delta == 0:
+            return p
+        B, L, D = p["Q"].shape
+        # b = 1 with probability delta, the same b for both modalities: neither can copy it from the other's
+        # place
+        b = torch.rand(B, L, D if self.granularity == "feature" else 1, device=p["Q"].device) < self.delta
+        return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                                       # 2 x (B,L,D)
+
+    def recover_intra(self, p_hat, p):
+        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D),
+        L_intra ()"""
+        # The hint goes through w_res: a rotation, so it adds direction and not size.  light^M = w_res^M p~^M'
+        light = {M: p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W for M, W in self.W_res.items()}
+        # Hidden tokens are filled in from their neighbours, then the hint is added.
+        # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
+        p_intra = {M: self.intra[M](p_hat[M]) + self.res_scale * light[M] for M in "QV"}         # 2 x (B,L,D)
+        # What was recovered must be what was hidden, and w_res must stay a rotation.  Means instead of sums,
+        # so that beta does not depend on B, L, D; p~ is a constant, or the prompts would chase their own
+        # recovery.
+        # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                 Eq. 6
+        L_intra = sum(F.mse_loss(p_intra[M], p[M].detach()) + self.orthogonality(self.W_res[M]) for M in "QV")
+        return p_intra, L_intra
 
     @staticmethod
     def orthogonality(W):
-        """|W W^T - I|_F^2 / D, the second term of Eq. 6.  For a vector w (D,) the product has rank one and the term is
-        (|w|^2 - 1)^2 + D - 1; the constant D - 1 is left out."""
+        """|W W^T - I|_F^2 / D: the second term of Eq. 6.  W (D,D).  For a vector w (D,) the outer product has
+        rank one and the term equals (|w|^2-1)^2 + D-1; the constant D-1 is left out."""
         if W.ndim == 1:
             return (W.square().sum() - 1).square() / len(W)
         return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() / len(W)
 
-    def forward(self, p_tilde):
-        L_intra = L_inter = p_tilde["Q"].new_zeros(())
-        if not (self.use_intra or self.use_inter):                   # isolated prompts: nothing to recover
-            return p_tilde, L_intra, L_inter
-        p_hat = self.hide(p_tilde)                                   # Eq. 4                          2 x (B,L,D)
+    def recover_inter(self, p_intra, p):
+        """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter ()"""
+        # Each token asks the other modality's prompts, and keeps what it is.
+        # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                             Eq. 7
+        p_inter = {M: self.cross(M, p_intra[M], p) + p_intra[M] for M in "QV"}                   # 2 x (B,L,D)
+        # A gate per feature says how much refinement it gets; it looks at both modalities.
+        # g^M = sigmoid( w_g^M ReLU([p_inter^M ; p~^M']) )                                               Eq. 9
+        g = {M: torch.sigmoid(self.W_g[M](F.relu(torch.cat([p_inter[M], p[OTHER[M]]], -1)))) for M in "QV"}
+        # Gate closed: the prompt stays.  Gate open: it is replaced by its refinement.
+        # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                            Eq. 8
+        p_final = {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
+        # Both modalities, each seen through the other, must mean the same: their mean tokens point one way.
+        # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first    Eq. 10
+        views = [self.cross(M, p_final[M], p).mean(1) for M in "QV"]                             # 2 x (B,D)
+        return p_final, (1 - F.cosine_similarity(*views, dim=-1)).mean()
 
-        p_intra = p_hat
-        if self.use_intra:
-            # What is hidden is guessed from the tokens around it, with a light touch of the other modality.
-            # p_intra^M = A(p^^M) + w_res^M p~^M'                                                           Eq. 5
-            light = {M: p_tilde[OTHER[M]] @ W.T if W.ndim == 2 else p_tilde[OTHER[M]] * W for M, W in self.W_res.items()}
-            p_intra = {M: self.intra[M](p_hat[M]) + self.res_scale * light[M] for M in "QV"}       # (B,L,D)
-            # The guess is held to the prompt as it was.  p~ is a constant target, or the prompts would chase their own
-            # recovery.  Means instead of sums, so that beta does not depend on B, L, D.
-            # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res^M w_res^M^T - I|_F^2                            Eq. 6
-            L_intra = sum(F.mse_loss(p_intra[M], p_tilde[M].detach()) + self.orthogonality(self.W_res[M]) for M in "QV")
+    def cross(self, M, x, p):
+        """A(x, p~^M', p~^M'), the cross-attention that Eq. 7 and Eq. 10 share.  x (B,L,D) -> (B,L,D)."""
+        return self.inter[M](x, p[OTHER[M]], p[OTHER[M]])
 
-        p_final = p_intra
-        if self.use_inter:
-            # Every prompt token now asks the prompt of the other modality.
-            # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                            Eq. 7
-            p_inter = {M: self.cross(M, p_intra[M], p_tilde) + p_intra[M] for M in "QV"}           # (B,L,D)
-            # A gate per feature says how much of the result is refined once more.  (Eq. 8 uses it, so Eq. 9 comes first.)
-            # g^M = sigmoid( w_g^M ReLU([p_inter^M ; p~^M']) )                                              Eq. 9
-            both = {M: torch.cat([p_inter[M], p_tilde[OTHER[M]]], -1) for M in "QV"}               # (B,L,2D)
-            g = {M: torch.sigmoid(self.W_g[M](F.relu(both[M]))) for M in "QV"}                     # (B,L,D)
-            # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M),   A' is the wider layer                  Eq. 8
-            p_final = {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
-            # Seen through the other modality's prompts, the two results should say the same; the mean over L comes first.
-            # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) )                      Eq. 10
-            views = [self.cross(M, p_final[M], p_tilde).mean(1) for M in "QV"]                     # 2 x (B,D)
-            L_inter = (1 - F.cosine_similarity(*views, dim=-1)).mean()
-        return p_final, L_intra, L_inter
+    def mix(self, M, p):
+        """Table 13: other ways to bring the two modalities' prompts together.  -> (B,L,D)"""
+        if self.fusion == "cross-attention":
+            return self.cross(M, p[M], p)
+        if self.fusion == "hadamard":
+            return p["Q"] * p["V"]
+        return (p["Q"] + p["V"]) / (2 if self.fusion == "mean" else 1)
 
 
-@dataclass
+@dataclasses.dataclass
 class Prompts:
-    """What a prompt method hands to the encoder.  prompts {"G": (B,2L,D), ...}: question prompts first, then visual;
-    losses {"qk": (), ...} to add to the task loss; chosen {"QG": (B,k), ...} for the statistics."""
+    """What a prompt method hands to the encoder.  prompts {"G": (B,2L,D), ...}: question prompts first, then
+    visual; losses {"qk": (), ...} to add to the task loss; chosen {"QG": (B,k), ...} for the statistics."""
     prompts: dict
     losses: dict
     chosen: dict
 
 
 class MMPrompt(nn.Module):
-    """The whole method (Fig. 2): one cross-modal query, four pools, one recovery for G(eneral) and one for E(xpert).
+    """The whole method (Fig. 2): one cross-modal query, four pools, one recovery for G(eneral) and one for
+    E(xpert) prompts.
 
-    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts with {"G","E"}: (B,2L,D) and losses qk, intra, inter.
-    pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder blocks of each type.
-    use_query, use_intra, use_inter: the ablations of Tables 2 and 10.  alpha, beta, qk_weight: Eq. 11.
-    keep: prompts stay in the sequence after their block.  freeze_query: Eq. 1 learns in the first task only.
+    forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask, v_mask) -> Prompts: {"G","E"}: (B,2L,D), losses qk, intra, inter.
+    pool_sizes: prompts in Q-G, Q-E, V-G, V-E (Table 9's best row).  layers: 0-based encoder blocks.
+    keep: prompts stay in the sequence after their block (official code).
+    freeze_query: Eq. 1 learns in the first task only, so that old questions keep their prompts.
+    temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
-    lr, lr_backbone = 5e-4, 1e-4                                     # of prompts; of a decoder where it learns
-    epochs, batch, schedule = 2, 25, "constant"
+    lr = 5e-4                                             # of prompts and keys, from a search on another seed
 
-    def __init__(self, d_model, n_heads=8, length=8, top_k=5, pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120},
-                 mask_ratio=0.05, use_query=True, use_intra=True, use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0,
-                 temperature=1.0, layers={"G": (1, 2), "E": (3, 4, 5)}, keep=False, freeze_query=False, **recovery):
+    def __init__(self, d_model, n_heads=8, length=8, top_k=5,
+                 pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
+                 use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0, temperature=1.0,
+                 layers={"G": (1, 2), "E": (3, 4, 5)}, keep=False, query_fusion="query",
+                 recovery_fusion="recovery", w_res="matrix", mask_granularity="token", freeze_query=False):
         super().__init__()
         self.layers, self.keep, self.freeze_query = dict(layers), keep, freeze_query
-        self.weights = {"qk": qk_weight, "inter": alpha, "intra": beta}
-        self.query = CrossModalQuery(d_model, n_heads) if use_query else None
+        self.weights = {"qk": qk_weight, "inter": alpha, "intra": beta}                          # of Eq. 11
+        self.query = CrossModalQuery(d_model, n_heads, query_fusion if use_query else "none")
         self.pools = nn.ModuleDict({name: PromptPool(d_model, size, length, top_k, temperature)
                                     for name, size in pool_sizes.items()})
-        recovery = dict(mask_ratio=mask_ratio, use_intra=use_intra, use_inter=use_inter, **recovery)
-        self.recovery = nn.ModuleDict({G: CrossModalRecovery(d_model, n_heads, **recovery) for G in "GE"})
+        self.recovery = nn.ModuleDict({
+            G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter, recovery_fusion, w_res,
+                                  mask_granularity) for G in "GE"})
+        self.register_buffer("t", torch.tensor(0))           # current task; a buffer, so that it is saved too
 
     def begin_task(self, t):
-        if self.freeze_query and self.query is not None:
-            self.query.requires_grad_(t == 0)
+        self.t.fill_(t)                                      # nothing else: the method needs to know no tasks
 
     def end_task(self):
-        """Nothing ends with a task: pools, query and recovery are shared by all of them."""
+        pass
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        if self.query is None:                                       # isolated: each modality asks for itself alone
-            q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        else:
-            q = self.query(F_q, F_v, q_mask, v_mask)                 # Eq. 1                          2 x (B,D)
+        # Two queries serve all four pools.                                                              Eq. 1
+        q = self.query(F_q, F_v, q_mask, v_mask)                                                 # 2 x (B,D)
+        if self.freeze_query and self.t > 0:
+            q = {M: q[M].detach() for M in "QV"}
         out = Prompts({}, dict.fromkeys(("qk", "intra", "inter"), F_q.new_zeros(())), {})
-        for G in "GE":
-            p_tilde = {}
+        for G in "GE":                                    # general prompts for early blocks, expert for later
+            p = {}
             for M in "QV":
-                p_tilde[M], L_qk, out.chosen[M + G] = self.pools[M + G](q[M])         # Eq. 2-3           (B,L,D)
-                out.losses["qk"] = out.losses["qk"] + L_qk
-            p_final, L_intra, L_inter = self.recovery[G](p_tilde)                     # Eq. 4-10      2 x (B,L,D)
-            out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)               # (B,2L,D)
-            out.losses["intra"] = out.losses["intra"] + L_intra                       # summed over G and E
-            out.losses["inter"] = out.losses["inter"] + L_inter
+                # Each modality picks and mixes its own prompts.                                       Eq. 2-3
+                p[M], qk, out.chosen[M + G] = self.pools[M + G](q[M])                            # p~ (B,L,D)
+                out.losses["qk"] = out.losses["qk"] + qk
+            # Then the two are brought together.                                                      Eq. 4-10
+            p_final, intra, inter = self.recovery[G](p)                                          # 2 x (B,L,D)
+            out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)                          # (B,2L,D)
+            out.losses["intra"] = out.losses["intra"] + intra
+            out.losses["inter"] = out.losses["inter"] + inter
         return out
 
 
-def total_loss(L_ce, losses, weights):
-    """The loss of a batch: losses {name: ()}, weights {name: float}; a loss without a weight counts once."""
-    # L = L_CE + L_qk + alpha L_inter + beta L_intra                                                       Eq. 11
-    return L_ce + sum(weights.get(name, 1.0) * value for name, value in losses.items())
+def total_loss(ce, losses, weights):
+    """What training minimises: the answer's cross-entropy and the weighted losses of the prompts, all ().
+    L = L_CE + L_qk + alpha L_inter + beta L_intra.  A loss without a weight counts once.
+    Eq. 11"""
+    return ce + sum(weights.get(name, 1.0) * value for name, value in losses.items())
 
 
 # =============================================================================================== the backbone
-# A frozen T5 reads question tokens and picture tokens in one sequence, as VL-T5 does.  VQABackbone.encode walks through
-# its encoder block by block, because the prompts enter between blocks.  Below it stand the sources of picture tokens:
-# regions of the built-in world, of any picture, of feature files, or patches of a CLIP.
+# A frozen T5 reads the question's tokens and the picture's tokens in one sequence; `inject` is where prompts
+# enter. Pictures come as regions: features (n,f) and boxes (n,4), from the built-in world, a file, or a
+# frozen vision model.
 
 
 class VisualEmbedding(nn.Module):
-    """Region features and boxes to tokens F^V: a small network on the feature plus a linear map of the box.
+    """Region features and boxes to tokens F^V, as VL-T5 does: a small network on the feature plus a linear
+    map of the box.
 
     forward(features (B,Nv,f), boxes (B,Nv,4) as x1 y1 x2 y2 in [0,1]) -> (B,Nv,D)
     """
@@ -292,104 +359,113 @@ class VisualEmbedding(nn.Module):
         self.place = nn.Linear(5, d_model)
 
     def forward(self, features, boxes):
-        area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]     # (B,Nv,1)
-        return self.look(features) + self.place(torch.cat([boxes, area], -1))                     # (B,Nv,D)
+        area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]    # (B,Nv,1)
+        return self.look(features) + self.place(torch.cat([boxes, area], -1))                    # (B,Nv,D)
 
 
 class VQABackbone(nn.Module):
-    """A T5 encoder-decoder that reads question tokens and visual tokens in one sequence, with room for prompts.
+    """A T5 encoder-decoder that reads question tokens and visual tokens in one sequence, with room for
+    prompts.
 
-    t5: any T5ForConditionalGeneration.  pictures(image) -> (features (n,f), boxes (n,4)).  Everything is frozen at
-    first.  prefix: put before each question.  max_question, max_answer: tokens.
-    train_vision: when the visual embedding learns, "never", in the "first" task or "always".
+    t5: any T5ForConditionalGeneration.  pictures(image) -> (features (n,f), boxes (n,4)).  Everything is
+    frozen at first. prefix: put before each question.  max_question, max_answer: in tokens.
     """
 
-    def __init__(self, t5, tokenizer, visual, pictures, prefix="", max_question=20, max_answer=8, train_vision="never"):
+    def __init__(self, t5, tokenizer, visual, pictures, prefix="", max_question=20, max_answer=8):
         super().__init__()
-        self.t5, self.tokenizer, self.visual, self.pictures = t5, tokenizer, visual, pictures
-        self.prefix, self.max_question, self.max_answer = prefix, max_question, max_answer
-        self.train_vision = train_vision
-        self.memo = {}                                               # image -> its visual tokens, while `visual` is frozen
-        self.eval().requires_grad_(False)                            # dropout off too: the backbone is a fixed function
-
-    @property
-    def device(self):
-        return self.t5.device
-
-    @property
-    def width(self):
-        return self.t5.config.d_model
+        self.t5, self.tokenizer, self.visual, self.width = t5, tokenizer, visual, t5.config.d_model
+        self.pictures, self.prefix = pictures, prefix
+        self.max_question, self.max_answer = max_question, max_answer
+        self.memo = {}                                          # image -> F_v of it, while `visual` is frozen
+        self.eval().requires_grad_(False)                  # dropout off too: the backbone is a fixed function
 
     def tokens(self, texts, limit):
-        """B strings -> ids (B,N), mask (B,N)."""
         out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return out["input_ids"].to(self.device), out["attention_mask"].bool().to(self.device)
+        return out["input_ids"].to(self.t5.device), out["attention_mask"].bool().to(self.t5.device)  # 2 x (B,N)
 
-    def look(self, images):
-        """B images -> a list of their visual tokens, (n,D) each.  A picture is seen once while `visual` is frozen."""
+    def see(self, images):
+        """A list of B pictures' tokens, (n,D) each.  While the eyes are frozen, a picture is looked at
+        once."""
         learning = self.visual.place.weight.requires_grad
         if learning:
             self.memo.clear()
-        if not learning and all(image in self.memo for image in images):
-            return [self.memo[image] for image in images]
-        raw = [self.pictures(image) for image in images]
-        features, boxes = (nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device) for rows in zip(*raw))
-        rows = [x[:len(f)] for x, (f, _) in zip(self.visual(features, boxes), raw)]
-        if not learning:                                             # a copy: a view would keep the whole batch alive
-            self.memo.update({image: x.clone() for image, x in zip(images, rows)})
-        return rows
+        if learning or any(image not in self.memo for image in images):
+            features, boxes = zip(*[self.pictures(image) for image in images])
+            F_v = self.visual(self.pad(features), self.pad(boxes))                               # (B,Nv,D)
+            rows = [row[:len(f)] for row, f in zip(F_v, features)]
+            if learning:
+                return rows
+            self.memo.update(zip(images, rows))
+        return [self.memo[image] for image in images]
+
+    def pad(self, rows):
+        """B arrays (n,..) -> (B,Nv,..)"""
+        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.t5.device)
 
     def embed(self, samples):
-        """Samples -> F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0."""
+        """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0."""
         ids, q_mask = self.tokens([self.prefix + s.question for s in samples], self.max_question)
-        F_q = self.t5.get_input_embeddings()(ids)                                                 # (B,Nq,D)
-        rows = self.look([s.image for s in samples])
-        F_v = nn.utils.rnn.pad_sequence(rows, batch_first=True)                                   # (B,Nv,D)
-        v_mask = torch.arange(F_v.shape[1]) < torch.tensor([len(x) for x in rows])[:, None]       # (B,Nv)
-        return F_q, F_v, q_mask, v_mask.to(self.device)
+        F_q = self.t5.get_input_embeddings()(ids)                                                # (B,Nq,D)
+        rows = self.see([s.image for s in samples])
+        F_v, sizes = self.pad(rows), torch.tensor([len(row) for row in rows])
+        v_mask = torch.arange(F_v.shape[1]) < sizes[:, None]                                     # (B,Nv)
+        return F_q, F_v, q_mask, v_mask.to(self.t5.device)
 
     def position_bias(self, Nq, mask, dtype):
-        """T5's own position bias between the Nq question tokens, zero wherever a visual or prompt token takes part,
-        and minus infinity at padding.  mask (B,N) -> (B,H,N,N)."""
-        own = self.t5.encoder.block[0].layer[0].SelfAttention.compute_bias(Nq, Nq, device=mask.device)   # (1,H,Nq,Nq)
-        rest = mask.shape[1] - Nq
-        bias = F.pad(own, (0, rest, 0, rest))                                                     # (1,H,N,N)
+        """What attention scores get added: T5's own bias between question tokens, zero wherever a visual or
+        prompt token takes part, minus infinity for padding.  mask (B,N) of the whole sequence -> (B,H,N,N)"""
+        first = self.t5.encoder.block[0].layer[0].SelfAttention  # T5 keeps the bias of all blocks in its first
+        bias = first.compute_bias(Nq, Nq, device=mask.device)                                    # (1,H,Nq,Nq)
+        more = mask.shape[1] - Nq
+        bias = F.pad(bias, (0, more, 0, more))                                                   # (1,H,N,N)
         return bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min).to(dtype)
 
-    def encode(self, F_q, F_v, q_mask, v_mask, method, modality="joint"):
-        """One pass through the encoder, prompts injected at their blocks -> hidden (B,N,D), mask (B,N), Prompts.
+    def encode(self, F_q, F_v, q_mask, v_mask, method=None, modality="joint"):
+        """One pass through the encoder, the method's prompts injected at their blocks.  Returns hidden
+        (B,N,D), mask (B,N), Prompts.
 
-        modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint" nothing.
+        modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint"
+        nothing.
         """
-        out = method(F_q, F_v, q_mask, v_mask)
-        place = {i: p for group, p in out.prompts.items() for i in method.layers[group]}          # block -> (B,P,D)
+        out = method(F_q, F_v, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
+        place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}            # block -> (B,P,D)
         if modality != "joint":                                      # queries saw both, the encoder sees one
             q_mask, v_mask = q_mask & (modality == "q"), v_mask & (modality == "v")
-            half = 0 if modality == "q" else 1                       # question prompts come first
-            place = {i: p.chunk(2, 1)[half] if p.shape[1] % 2 == 0 else p for i, p in place.items()}
-        h, mask, Nq = torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1), F_q.shape[1]      # (B,N,D) (B,N)
-        bias = self.position_bias(Nq, mask, h.dtype)                                              # (B,H,N,N)
+            place = {i: self.half(p, modality) for i, p in place.items()}
+        Nq, h, mask = F_q.shape[1], torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)   # (B,N,D) (B,N)
+        bias = self.position_bias(Nq, mask, h.dtype)                                             # (B,H,N,N)
         for i, block in enumerate(self.t5.encoder.block):
             if i not in place:
-                h = block(h, position_bias=bias)[0]
+                h = block(h, position_bias=bias)[0]                                              # (B,N,D)
                 continue
-            # Here the prompts enter: appended for this block...
-            p = place[i].to(h.dtype)                                                              # (B,P,D)
-            longer = F.pad(mask, (0, p.shape[1]), value=True)                                     # (B,N+P)
-            longer_bias = self.position_bias(Nq, longer, h.dtype)                                 # (B,H,N+P,N+P)
-            h = block(torch.cat([h, p], 1), position_bias=longer_bias)[0]                         # (B,N+P,D)
-            if method.keep:
-                mask, bias = longer, longer_bias
-            else:
-                h = h[:, :mask.shape[1]]                             # ...and dropped again after it
-        return self.t5.encoder.final_layer_norm(h), mask, out                                     # dropout is off
+            longer, longer_mask, longer_bias = self.inject(h, mask, Nq, place[i])
+            longer = block(longer, position_bias=longer_bias)[0]                                 # (B,N+P,D)
+            if method.keep:                                          # prompts stay in the sequence...
+                h, mask, bias = longer, longer_mask, longer_bias
+            else:                                                  # ...or are dropped again after their block
+                h = longer[:, :h.shape[1]]
+        return self.t5.encoder.final_layer_norm(h), mask, out                                 # dropout is off
+
+    def inject(self, h, mask, Nq, prompts):
+        """HERE THE PROMPTS ENTER: P more tokens behind those of the sequence, which every token may look
+        at."""
+        longer = torch.cat([h, prompts.to(h.dtype)], 1)                                          # (B,N+P,D)
+        mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
+        return longer, mask, self.position_bias(Nq, mask, h.dtype)                             # (B,H,N+P,N+P)
+
+    @staticmethod
+    def half(prompts, modality):
+        """One modality's prompts: question prompts come first.  An odd number cannot be told apart and
+        stays."""
+        return prompts if prompts.shape[1] % 2 else prompts.chunk(2, 1)[0 if modality == "q" else 1]
 
     def loss(self, hidden, mask, answers):
         """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), answers: B strings -> ()"""
         from transformers.modeling_outputs import BaseModelOutput
-        labels, real = self.tokens(answers, self.max_answer)                                      # (B,Na)
-        return self.t5(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(),
-                       labels=labels.masked_fill(~real, -100)).loss
+        labels, real = self.tokens(answers, self.max_answer)                                     # (B,Na)
+        out = self.t5(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(),
+                      labels=labels.masked_fill(~real, -100))
+        return out.loss
 
     @torch.no_grad()
     def answer(self, hidden, mask):
@@ -400,509 +476,404 @@ class VQABackbone(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
+# ---- pictures: each of these returns load(image) -> features (n,f), boxes (n,4)
+
+
 def world_regions(regions):
     """Regions of the built-in world: the crops' pixels in [-1,1] are the feature, f = 768."""
     pixels, boxes, valid = regions
-    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), valid.sum(1)   # (S,6,768) uint8
+    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), valid.sum(1)  # (S,6,768) uint8
     return lambda row: (flat[row, :count[row]].float() / 127.5 - 1, boxes[row, :count[row]])
 
 
 def picture_regions(root):
-    """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16 pixels each."""
+    """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16
+    pixels each."""
     grid = [(x / 3, y / 3, (x + 1) / 3, (y + 1) / 3) for y in range(3) for x in range(3)] + [(0, 0, 1, 1)]
-    boxes, kept = torch.tensor(grid, dtype=torch.float32), {}                                     # (10,4)
+    boxes = torch.tensor(grid, dtype=torch.float32)                                              # (10,4)
 
+    @functools.lru_cache(maxsize=50_000)
     def load(image):
-        if image not in kept:
-            kept[image] = torch.from_numpy(data.region_pixels(data.open_picture(data.inside(root, image)), grid))
-        return kept[image].flatten(1).float() / 127.5 - 1, boxes
+        crops = data.region_pixels(data.open_picture(data.inside(root, image)), grid)
+        return torch.from_numpy(crops).flatten(1).float() / 127.5 - 1, boxes
     return load
 
 
-def feature_regions(folder):
-    """Region features made elsewhere, as tensors: see data.region_files."""
-    read = data.region_files(folder)
-    return lambda image: tuple(torch.from_numpy(x) for x in read(image))
+def file_regions(folder):
+    """Region features made elsewhere: data.region_files, as tensors."""
+    load = data.region_files(folder)
+    return lambda image: tuple(torch.from_numpy(x) for x in load(image))
 
 
 def grid_features(name, root, device, cells=6):
-    """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36 cells with
-    boxes.  Each picture passes the vision model once; the result is kept on disk."""
+    """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36
+    cells with boxes. Each picture passes the vision model once; the result is kept on disk."""
     from transformers import AutoImageProcessor, AutoModel
     model = metrics.from_pretrained(AutoModel, name, "--vision")
     model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
     process = metrics.from_pretrained(AutoImageProcessor, name, "--vision")
     edges = np.linspace(0, 1, cells + 1)
-    corners = [(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(cells) for x in range(cells)]
-    boxes = torch.tensor(corners, dtype=torch.float32)                                            # (36,4)
+    boxes = torch.tensor([(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(cells) for x in range(cells)],
+                         dtype=torch.float32)                                                    # (36,4)
 
     @torch.no_grad()
     def load(image):
         path = data.inside(root, image)
         try:
-            stamp = f"{path.resolve()} {path.stat().st_mtime_ns}"
+            key = f"{name} {path.resolve()} {path.stat().st_mtime_ns}"
         except OSError:
             raise InputError(f"picture {path} is missing; put it there or name the folder above it with --root")
-        kept = data.cache_folder() / f"grid-{cells}-{metrics.digest([name, stamp])}.npy"
+        kept = data.cache_folder() / f"grid-{cells}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}.npy"
         if not kept.exists():
             pixels = process(images=data.open_picture(path), return_tensors="pt")["pixel_values"].to(device)
-            patches = model(pixel_values=pixels).last_hidden_state                                # (1,(1+)n*n,f)
-            side = int(patches.shape[1] ** 0.5)                                                   # a class token may come first
-            square = patches[0, -side * side:].T.reshape(1, -1, side, side)                       # (1,f,n,n)
-            pooled = F.adaptive_avg_pool2d(square.float(), cells)[0].flatten(1).T.cpu().numpy()   # (36,f)
+            patches = model(pixel_values=pixels).last_hidden_state                             # (1,(1+)n*n,f)
+            side = int(patches.shape[1] ** 0.5)                                 # a class token may come first
+            square = patches[0, -side * side:].T.reshape(1, -1, side, side)                      # (1,f,n,n)
+            pooled = F.adaptive_avg_pool2d(square.float(), cells)[0].flatten(1).T.cpu().numpy()  # (36,f)
             with metrics.atomic(kept, "wb") as f:
                 np.save(f, pooled.astype(np.float16))
         return torch.from_numpy(np.load(kept).astype(np.float32)), boxes
     return load
 
 
-# The small backbone of the built-in world: 0.75 M parameters, shipped in backbones/, made by `pretrain` at the end.
-MINI = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)
-MINI_VOCAB = 512
-MINI_STEPS, MINI_BATCH, MINI_SCENES, MINI_LR = 4500, 128, 24_000, 2e-3
-MINI_EYES = 3                                                        # steps of the eyes alone, per step of the whole
-
-
-def mini_config(seed):
-    """Everything that the training of a small backbone depends on."""
-    return [MINI, MINI_VOCAB, MINI_STEPS, MINI_BATCH, MINI_SCENES, MINI_LR, MINI_EYES, data.MINI_VQA_VERSION, seed]
-
-
-def mini_models():
-    """An untrained small T5 with its visual embedding: a ModuleDict {"t5", "visual"}."""
-    from transformers import T5Config, T5ForConditionalGeneration
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=MINI_VOCAB, dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
-                                             decoder_start_token_id=0, tie_word_embeddings=True, **MINI))
-    return nn.ModuleDict({"t5": t5, "visual": VisualEmbedding(3 * data.REGION_PIXELS ** 2, MINI["d_model"])})
-
-
-def mini_tokenizer(texts=()):
-    """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows last."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    known = ["<pad>", "</s>", "<unk>", "<mask>", *data.MINI_WORDS]
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                            # < and > stay: <mask>
-                                     pre_tokenizers.Split(Regex(r"[.,;:!?\"'()]"), "isolated")])
-    count = Counter(w for text in texts for w, _ in split.pre_tokenize_str(text.lower()))
-    new = [w for w, _ in count.most_common() if w not in set(known)]
-    words = (known + new)[:MINI_VOCAB]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    if new:
-        lost = max(0, len(known) + len(new) - MINI_VOCAB)
-        print(f"{len(new)} words are new to the small backbone: {len(new) - lost} get random rows, {lost} become <unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+# ---- loading
 
 
 def load_backbone(args, stream):
-    """The frozen encoder-decoder with its eyes: the small one, or any T5 with any CLIP-like vision model or feature files.
-    Raises InputError for what cannot be loaded or does not fit together."""
-    mini_world, root = args.data == "mini", stream.extra.get("root")
-    device = torch.device(args.device)
-    if not mini_world and not args.features:
+    """The frozen encoder-decoder with its eyes: the small one, or any T5 with any CLIP-like vision model or
+    feature files. Fills in args.train_vision where it is left open: eyes that nobody has trained learn in the
+    first task."""
+    root, built_in, small = stream.extra.get("root"), args.data == "mini", args.backbone == "mini"
+    if built_in and not small:
+        raise InputError("--data mini is for the small backbone; with --backbone give your own --data")
+    if not built_in and not args.features:
         first = data.inside(root, stream.tasks[0].train[0].image)
         if not first.exists():
-            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name region "
-                             "features with --features")
-    options = {"max_question": 20, "max_answer": 8}
-    if args.backbone == "mini":
-        texts = [] if mini_world else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        both, tokenizer = mini_models(), mini_tokenizer(texts)
-        both.load_state_dict(metrics.small_backbone("mini-vqa", args.backbone_seed, mini_config(args.backbone_seed)), strict=False)
-        t5, visual = both["t5"], both["visual"]
-        t5.tie_weights()                                             # tied tensors are in the file once
-        pictures = world_regions(stream.extra["regions"]) if mini_world else picture_regions(root)
+            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name "
+                             "region features with --features")
+    visual = None
+    if small:
+        texts = [] if built_in else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
+        t5, visual = load_small(args.backbone_seed)
+        tokenizer = mini_tokenizer(texts)
+        pictures = world_regions(stream.extra["regions"]) if built_in else picture_regions(root)
     else:
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-        if mini_world:
-            raise InputError("--data mini has pictures of its own for the small backbone; with --backbone give your own --data")
-        t5 = metrics.from_pretrained(AutoModelForSeq2SeqLM, args.backbone, "--backbone")
-        tokenizer = metrics.from_pretrained(AutoTokenizer, args.backbone, "--backbone")
-        if not hasattr(t5, "encoder") or not hasattr(t5.encoder, "block"):
-            raise InputError(f"--backbone {args.backbone} is a {type(t5).__name__}; the prompts need a T5-family encoder-decoder")
+        t5, tokenizer = load_t5(args.backbone)
         if not args.features and not args.vision:
-            raise InputError("--backbone other than mini needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) "
-                             "or --features")
-        pictures, visual = (None, None) if args.features else (grid_features(args.vision, root, device), None)
-        options["prefix"] = "vqa: "
+            raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
+        pictures = None if args.features else grid_features(args.vision, root, args.device)
     if args.features:
-        pictures, visual = feature_regions(args.features), None
-    if visual is None:                                               # width of the features: ask the first picture
+        pictures, visual = file_regions(args.features), None
+    args.train_vision = args.train_vision or ("never" if visual is not None else "first")
+    if visual is None:                                          # width of the features: ask the first picture
         width = pictures(stream.tasks[0].train[0].image)[0].shape[1]
         torch.manual_seed(0)
         visual = VisualEmbedding(width, t5.config.d_model)
-        options["train_vision"] = "first"                            # nobody has trained it yet
-    if args.train_vision:
-        options["train_vision"] = args.train_vision
     blocks, wanted = len(t5.encoder.block), max(args.layers_g + args.layers_e)
     if wanted >= blocks:
         raise InputError(f"--layers-g/--layers-e name block {wanted}, but the encoder has blocks 0..{blocks - 1}")
-    return VQABackbone(t5, tokenizer, visual, pictures, **options).to(device)
+    return VQABackbone(t5, tokenizer, visual, pictures, prefix="" if small else "vqa: ").to(args.device)
 
 
-# ========================================================================================== compared methods
-# All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design allows, and
-# inject at the same blocks ("identical injection layers if possible", section 4.2).  The protocol of every method:
-#     layers {group: encoder blocks}, keep, weights {loss: factor}     begin_task(t)     forward -> Prompts     end_task()
-# and as class attributes its own rates, epochs per task (in DI per subtask) and batch, chosen on a seed not reported.
+def load_t5(name):
+    """(model, tokenizer) of any T5-family Hugging Face id or folder."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    t5, tokenizer = (metrics.from_pretrained(c, name, "--backbone") for c in (AutoModelForSeq2SeqLM, AutoTokenizer))
+    if not hasattr(t5, "encoder") or not hasattr(t5.encoder, "block"):
+        raise InputError(f"--backbone {name} is a {type(t5).__name__}; the prompts need a T5-family encoder-decoder")
+    return t5, tokenizer
 
 
-class Frozen(nn.Module):
-    """The backbone as it is, without prompts: what there is before anything is learned.  Base of the other bounds."""
-    lr, lr_backbone, epochs, batch, schedule = 2e-3, 1e-4, 2, 25, "constant"
-    layers, keep, weights, learns_backbone = {}, False, {}, False
+# =========================================================================================== compared methods
+# All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design
+# allows, and inject at the same blocks ("identical injection layers if possible", section 4.2).  A method is
+# a module with   begin_task(t), forward(F_q, F_v, q_mask, v_mask) -> Prompts, end_task()   layers {group of
+# prompts: its blocks}, keep (prompts stay after their block), weights of its losses,   lr (its own rate, from
+# the same small search on a seed that is not reported), other rates where they differ
 
-    def __init__(self, *_, **__):
+
+class Method(nn.Module):
+    """What the compared methods share: the current task, kept as a buffer so that a resumed run knows it."""
+    lr, layers, keep, weights = 8e-3, {}, False, {}
+    whole_t5 = False                                                 # does the T5 itself learn?
+    one_stage = False                                                # knows no tasks: all of them at once
+
+    def __init__(self):
         super().__init__()
+        self.register_buffer("t", torch.tensor(0))
 
     def begin_task(self, t):
-        pass
+        self.t.fill_(t)
 
     def end_task(self):
         pass
+
+
+class Frozen(Method):
+    """The backbone as it was pre-trained: no prompts, nothing learns.  The lower bound."""
+    lr, one_stage = 2e-3, True
+
+    def __init__(self, d_model):
+        super().__init__()
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         return Prompts({}, {}, {})
 
 
 class Finetune(Frozen):
-    """Sequential fine-tuning of the whole T5: the lower bound of continual learning."""
-    lr_backbone, learns_backbone = 5e-4, True
+    """No prompts; the whole T5 learns, task after task.  What forgetting looks like."""
+    whole_t5, one_stage, lr_backbone = True, False, 5e-4
 
 
 class Joint(Finetune):
-    """The whole T5 trained on all tasks mixed: the upper bound.  The rate falls to zero, as its one long task allows."""
-    epochs, batch, schedule = 16, 50, "linear"
+    """The same, but all tasks at once.  The upper bound: as many steps as it takes, its rate falling to
+    zero."""
+    one_stage, epochs, batch, schedule = True, 16, 50, "linear"
 
 
-class L2P(nn.Module):
-    """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at the input and
-    stay.  Length 2 times k = 5 injects about as many tokens as MM-Prompt."""
-    lr, lr_backbone, epochs, batch, schedule, shared = 8e-3, 1e-4, 2, 25, "constant", False
+class L2P(Method):
+    """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
+    the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
+    layers, keep, one_pool = {"G": (0,)}, True, False
 
-    def __init__(self, d_model, pool_sizes, top_k=5, length=2, qk_weight=1.0):
+    def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0):
         super().__init__()
         sizes = {"Q": pool_sizes["QG"] + pool_sizes["QE"], "V": pool_sizes["VG"] + pool_sizes["VE"]}
-        if self.shared:
-            sizes = {"QV": sum(sizes.values())}
-        self.pools = nn.ModuleDict({M: PromptPool(d_model, n, length, top_k) for M, n in sizes.items()})
-        self.layers, self.keep, self.weights = {"G": (0,)}, True, {"qk": qk_weight}
-
-    def begin_task(self, t):
-        pass
-
-    def end_task(self):
-        pass
+        sizes = {"QV": sum(sizes.values())} if self.one_pool else sizes
+        self.pools = nn.ModuleDict({M: PromptPool(d_model, n, tokens, top_k) for M, n in sizes.items()})
+        self.weights = {"qk": qk_weight}
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
         q["QV"] = (q["Q"] + q["V"]) / 2
         prompts, pull, chosen = [], 0, {}
         for M, pool in self.pools.items():
-            _, L_qk, chosen[M] = pool(q[M])
-            prompts.append(pool.prompts[chosen[M]].flatten(1, 2))    # (B,k,L,D) -> (B,k*L,D): joined, not mixed
-            pull = pull + L_qk
+            _, qk, chosen[M] = pool(q[M])
+            prompts.append(pool.prompts[chosen[M]].flatten(1, 2))  # (B,k,L,D) -> (B,k*L,D): joined, not mixed
+            pull = pull + qk
         return Prompts({"G": torch.cat(prompts, 1)}, {"qk": pull}, chosen)
 
 
 class L2POnePool(L2P):
-    """L2P* of the paper: one pool and one query for both modalities."""
-    lr, shared = 5e-4, True
+    """L2P*: one pool for both modalities, chosen by one query."""
+    lr, one_pool = 5e-4, True
 
 
-class DualPrompt(nn.Module):
-    """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its key at test."""
-    lr, lr_backbone, epochs, batch, schedule = 8e-3, 1e-4, 2, 25, "constant"
+class DualPrompt(Method):
+    """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its
+    key at test."""
 
-    def __init__(self, d_model, length=8, tasks=10, layers=None, qk_weight=1.0):
+    def __init__(self, d_model, layers, length=8, tasks=10, qk_weight=1.0):
         super().__init__()
-        self.layers, self.keep, self.weights, self.t = layers, False, {"qk": qk_weight}, 0
-        make = lambda *shape: nn.Parameter(torch.randn(*shape) * 0.02)
-        self.pools = nn.ParameterDict({"G": make(2 * length, d_model)})
+        self.layers, self.weights = layers, {"qk": qk_weight}
+        self.pools = nn.ParameterDict({"G": torch.randn(2 * length, d_model) * 0.02})
         for M in "QV":
-            self.pools[M + "E"], self.pools[M + "keys"] = make(tasks, length, d_model), make(tasks, d_model)
-
-    def begin_task(self, t):
-        self.t = t
-
-    def end_task(self):
-        pass
+            self.pools[M + "E"] = torch.randn(tasks, length, d_model) * 0.02
+            self.pools[M + "keys"] = torch.randn(tasks, d_model) * 0.02
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        expert, pull, chosen = [], 0, {}
+        expert, pull, chosen, t = [], 0, {}, int(self.t)
         for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
-            s = F.normalize(q, dim=-1) @ F.normalize(self.pools[M + "keys"], dim=-1).T            # (B,T)
-            pull = pull + (1 - s[:, self.t]).mean()
-            best = torch.full_like(s[:, 0], self.t, dtype=torch.long)                             # training knows its task,
-            if not self.training:
-                best = s[:, :self.t + 1].argmax(-1)                                               # test does not
+            s = F.normalize(q, dim=-1) @ F.normalize(self.pools[M + "keys"], dim=-1).T           # (B,T)
+            pull = pull + (1 - s[:, t]).mean()
+            # training knows its task, test does not: there the nearest key of the tasks so far decides
+            best = torch.full_like(s[:, 0], t, dtype=torch.long) if self.training else s[:, :t + 1].argmax(-1)
             chosen[M + "E"] = best[:, None]
-            expert.append(self.pools[M + "E"][best])                                              # (B,L,D)
-        general = self.pools["G"].expand(len(F_q), -1, -1)                                        # (B,2L,D)
+            expert.append(self.pools[M + "E"][best])                 # (B,L,D)
+        general = self.pools["G"].expand(len(F_q), -1, -1)           # (B,2L,D)
         return Prompts({"G": general, "E": torch.cat(expert, 1)}, {"qk": pull}, chosen)
 
 
-class CODAPrompt(nn.Module):
-    """CODA-Prompt (Smith et al. 2023): a prompt is a weighted sum of all components; each task adds its share, old ones
-    freeze.  Weight of component m: cos(q * A_m, K_m).  Components, keys and attention vectors are asked to be orthogonal."""
-    lr, lr_backbone, epochs, batch, schedule = 8e-3, 1e-4, 2, 25, "constant"
+class CODAPrompt(Method):
+    """CODA-Prompt (Smith et al. 2023): a prompt is a weighted sum of all components; each task adds its
+    share, old ones freeze. Weight of component m: cos(q * A_m, K_m).  Orthogonality is asked of components,
+    keys and attention vectors."""
 
-    def __init__(self, d_model, pool_sizes, length=8, tasks=10, layers=None, ortho=0.1):
+    def __init__(self, d_model, pool_sizes, layers, length=8, tasks=10, ortho=0.1):
         super().__init__()
-        self.layers, self.keep, self.weights, self.t, self.tasks = layers, False, {"ortho": ortho}, 0, tasks
-        self.pools = nn.ModuleDict()
+        self.layers, self.weights, self.tasks, self.pools = layers, {"ortho": ortho}, tasks, nn.ModuleDict()
         for name, n in pool_sizes.items():
             shapes = {"prompts": (n, length, d_model), "key": (n, d_model), "attend": (n, d_model)}
-            self.pools[name] = nn.ParameterDict({k: torch.empty(*shape) for k, shape in shapes.items()})
+            self.pools[name] = nn.ParameterDict({k: torch.empty(shape) for k, shape in shapes.items()})
             for p in self.pools[name].values():
                 nn.init.orthogonal_(p.data.view(n, -1))
 
-    def begin_task(self, t):
-        self.t = t
-
-    def end_task(self):
-        pass
-
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        p, penalty = {}, 0
+        p, penalty, t = {}, 0, int(self.t)
         for name, pool in self.pools.items():
-            share = len(pool["key"]) // self.tasks                   # components per task
-            old, now = self.t * share, (self.t + 1) * share
+            each = len(pool["key"]) // self.tasks                    # components per task
+            old, now = t * each, (t + 1) * each
             use = {k: torch.cat([x[:old].detach(), x[old:now]]) for k, x in pool.items()}
-            a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)    # (B,m)
-            p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                                  # (B,L,D)
+            a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)   # (B,m)
+            p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                             # (B,L,D)
             for x in use.values():
                 x = x.flatten(1)
                 penalty = penalty + (x @ x.T - torch.eye(len(x), device=x.device)).square().mean()
         return Prompts({G: torch.cat([p["Q" + G], p["V" + G]], 1) for G in "GE"}, {"ortho": penalty}, {})
 
 
-class MaPLe(nn.Module):
-    """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of them."""
-    lr, lr_backbone, epochs, batch, schedule = 8e-3, 1e-4, 2, 25, "constant"
+class MaPLe(Method):
+    """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of
+    them; no selection."""
 
-    def __init__(self, d_model, length=8, layers=None):
+    def __init__(self, d_model, layers, length=8):
         super().__init__()
         blocks = sorted(i for group in layers.values() for i in group)
-        self.layers, self.keep, self.weights = {str(i): (i,) for i in blocks}, False, {}
+        self.layers = {str(i): (i,) for i in blocks}
         self.pools = nn.ParameterDict({str(i): torch.randn(length, d_model) * 0.02 for i in blocks})
         self.couple = nn.ModuleDict({str(i): nn.Linear(d_model, d_model) for i in blocks})
 
-    def begin_task(self, t):
-        pass
-
-    def end_task(self):
-        pass
-
     def forward(self, F_q, F_v, q_mask, v_mask):
-        both = {i: torch.cat([p, self.couple[i](p)], 0) for i, p in self.pools.items()}           # (2L,D)
+        both = {i: torch.cat([p, self.couple[i](p)], 0) for i, p in self.pools.items()}          # (2L,D)
         return Prompts({i: p.expand(len(F_q), -1, -1) for i, p in both.items()}, {}, {})
 
 
-class OtherFusion(MMPrompt):
-    """MM-Prompt with another way to bring the modalities together, for Tables 12 and 13.
-
-    query_fusion in place of Eq. 1, recovery_fusion in place of Eq. 4-10: plus, mean, hadamard or cross-attention.
-    """
-    FUSIONS = ("plus", "mean", "hadamard", "cross-attention")
-
-    def __init__(self, d_model, n_heads=8, query_fusion=None, recovery_fusion=None, **rest):
-        super().__init__(d_model, n_heads, **rest)
-        for fusion in (query_fusion, recovery_fusion):
-            if fusion not in (None, *self.FUSIONS):
-                raise ValueError(f"a fusion is one of {', '.join(self.FUSIONS)}, not {fusion!r}")
-        self.query_fusion, self.recovery_fusion = query_fusion, recovery_fusion
-        if query_fusion:
-            self.query = FusedQuery(d_model, n_heads, query_fusion)
-        if recovery_fusion:
-            self.recovery = nn.ModuleDict({G: FusedPrompts(d_model, n_heads, recovery_fusion) for G in "GE"})
-
-
-def fuse(fusion, a, b):
-    """Two tensors of one shape brought together: plus, mean or hadamard."""
-    return {"plus": a + b, "mean": (a + b) / 2, "hadamard": a * b}[fusion]
-
-
-class FusedQuery(nn.Module):
-    """Table 12: both modalities ask with one fused query, or each with what it sees in the other (cross-attention)."""
-
-    def __init__(self, d_model, n_heads, fusion):
-        super().__init__()
-        self.fusion = fusion
-        if fusion == "cross-attention":
-            self.attend = nn.ModuleDict({M: attention(d_model, n_heads) for M in "QV"})
-
-    def forward(self, F_q, F_v, q_mask, v_mask):
-        x, mask = {"Q": F_q, "V": F_v}, {"Q": q_mask, "V": v_mask}
-        if self.fusion == "cross-attention":
-            seen = {M: self.attend[M](x[M], x[OTHER[M]], x[OTHER[M]], key_padding_mask=~mask[OTHER[M]],
-                                      need_weights=False)[0] for M in "QV"}
-            return {M: masked_mean(seen[M], mask[M]) for M in "QV"}
-        if self.fusion == "mean":                                    # of all tokens, question's and picture's
-            both = masked_mean(torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1))
-        else:
-            both = fuse(self.fusion, masked_mean(F_q, q_mask), masked_mean(F_v, v_mask))
-        return {"Q": both, "V": both}
-
-
-class FusedPrompts(nn.Module):
-    """Table 13: the two selected prompts are fused at once, nothing is hidden and nothing recovered."""
-
-    def __init__(self, d_model, n_heads, fusion):
-        super().__init__()
-        self.fusion = fusion
-        if fusion == "cross-attention":
-            self.inter = nn.ModuleDict({M: attention(d_model, n_heads) for M in "QV"})
-
-    def forward(self, p):
-        zero = p["Q"].new_zeros(())
-        if self.fusion == "cross-attention":
-            seen = {M: self.inter[M](p[M], p[OTHER[M]], p[OTHER[M]], need_weights=False)[0] for M in "QV"}
-            return seen, zero, zero
-        both = fuse(self.fusion, p["Q"], p["V"])
-        return {"Q": both, "V": both}, zero, zero
-
-
 METHODS = {"mmprompt": MMPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "l2p": L2P,
-           "l2p-one-pool": L2POnePool, "dualprompt": DualPrompt, "coda": CODAPrompt, "maple": MaPLe, "fusion": OtherFusion}
+           "l2p-one-pool": L2POnePool, "dualprompt": DualPrompt, "coda": CODAPrompt, "maple": MaPLe}
 
 
 def build_method(args, backbone, stream):
-    """The prompt module that --method names.  Raises InputError where its arguments do not fit."""
-    cls, width, tasks = METHODS[args.method], backbone.width, len(stream)
-    layers = {"G": tuple(args.layers_g), "E": tuple(args.layers_e)}
-    sizes = dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes))
-    arguments = {
-        L2P: dict(pool_sizes=sizes, top_k=args.top_k, qk_weight=args.qk_weight),
-        DualPrompt: dict(length=args.length, tasks=tasks, layers=layers, qk_weight=args.qk_weight),
-        CODAPrompt: dict(pool_sizes=sizes, length=args.length, tasks=tasks, layers=layers),
-        MaPLe: dict(length=args.length, layers=layers),
-        MMPrompt: dict(n_heads=args.heads, length=args.length, top_k=args.top_k, pool_sizes=sizes, layers=layers,
-                       mask_ratio=args.mask_ratio, use_query=args.use_query, use_intra=args.use_intra,
-                       use_inter=args.use_inter, alpha=args.alpha, beta=args.beta, qk_weight=args.qk_weight),
-        Frozen: {}}
-    own = next(kwargs for kind, kwargs in arguments.items() if issubclass(cls, kind))
+    """The method that --method names.  Each class is given those of the flags that it has an argument for,
+    and args.options: what has no flag (a table's row sets it)."""
+    kind = METHODS[args.method]
+    flags = {**vars(args), "n_heads": args.heads, "tasks": len(stream),
+             "layers": {"G": tuple(args.layers_g), "E": tuple(args.layers_e)},
+             "pool_sizes": dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes))}
+    wanted = {k: flags[k] for k in inspect.signature(kind).parameters if k in flags}
     with metrics.one_clear_line():
-        return cls(width, **own, **args.options).to(args.device)
+        return kind(backbone.width, **{**wanted, **args.options})
 
 
-# ============================================================================================ learn and test
-# The continual protocol: tasks come one after the other, each with a new optimiser and no look back (except for
-# --memory, a replay buffer); after each, every task seen so far is tested, without a task number.  In double increment
-# (DI) a task is learned as five subtasks in turn.  The epoch with the best validation score is kept.
+# ============================================================================================= learn and test
+# The protocol.  `run` reads like the paper's: tasks arrive one after the other; after each, the model is
+# asked about all tasks so far without being told which is which.  `learn_task` is one task, `learn_epoch` one
+# pass over its samples.
 
 
 def load_stream(args):
-    """The tasks of a run, in the order asked for."""
+    """The tasks of a run, in the order asked for; the run's seed decides world and splits."""
     more = {"sizes": args.sizes} if args.data == "mini" else {}
-    return data.vqa_stream(args.setting, args.data, args.root or ".", args.seed, **more).reorder(args.order)
+    return data.vqa_stream(args.setting, args.data, args.root, args.seed, **more).reorder(args.order)
 
 
-def let_learn(args, backbone, method, t):
-    """Decides what task t may change -> {name: parameter}; everything else is frozen."""
+def what_learns(args, backbone, method, t):
+    """{name: parameter} of what task t may change.  Everything else is frozen."""
     backbone.requires_grad_(False)
-    if METHODS[args.method] is Frozen:
-        return {}
-    if METHODS[args.method] in (Finetune, Joint):
+    if getattr(method, "whole_t5", False):
         backbone.t5.requires_grad_(True)
-    elif args.train_decoder:
+    elif args.train_decoder and args.method != "none":
         backbone.t5.decoder.requires_grad_(True)
         backbone.t5.get_input_embeddings().requires_grad_(False)     # shared with the frozen encoder
-    if backbone.train_vision == "always" or backbone.train_vision == "first" and t == 0:
+    if args.method != "none" and (args.train_vision == "always" or args.train_vision == "first" and t == 0):
         backbone.visual.requires_grad_(True)
-    return {f"{part}.{k}": p for part, module in (("backbone", backbone), ("method", method))
-            for k, p in module.named_parameters() if p.requires_grad}
+    return {f"{k}.{name}": p for k, part in (("backbone", backbone), ("method", method))
+            for name, p in part.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(args, learning):
-    """AdamW over {name: parameter}.  Prompts and keys have --lr, attention modules and the visual embedding
-    --lr-attention, the T5 --lr-backbone."""
-    groups = {"prompts": [], "attention": [], "backbone": []}
-    full = METHODS[args.method] in (Finetune, Joint)
+def make_optimizer(args, method, learning):
+    """AdamW with a rate for each kind: prompts and keys, attention modules (and eyes), backbone.
+    No decay on prompts and keys: it would shrink those that this task never touches."""
+    rates = {"pools": args.lr, "attention": args.lr_attention, "backbone": args.lr_backbone}
+    groups = {kind: [] for kind in rates}
     for name, p in learning.items():
-        kind = "prompts" if "pools." in name else "attention"
-        groups["backbone" if full or name.startswith("backbone.t5.") else kind].append(p)
-    rates = {"prompts": args.lr, "attention": args.lr_attention, "backbone": args.lr_backbone}
-    # No decay on prompts and keys: it would shrink those that this task never touches.
-    groups = [{"params": ps, "lr": rates[k], "weight_decay": 0.0 if k == "prompts" else args.weight_decay}
-              for k, ps in groups.items() if ps]
+        if getattr(method, "whole_t5", False):
+            kind = "backbone"
+        elif "pools." in name:
+            kind = "pools"
+        else:
+            kind = "attention" if name.startswith(("method.", "backbone.visual.")) else "backbone"
+        groups[kind].append(p)
+    decay = {"pools": 0.0, "attention": args.weight_decay, "backbone": args.weight_decay}
+    groups = [{"params": ps, "lr": rates[kind], "weight_decay": decay[kind]} for kind, ps in groups.items() if ps]
     return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
 
 
+def learn_task(args, backbone, method, task, run, past=()):
+    """Train on one task; in DI on its subtasks, one after the other, each followed by a row of its own small
+    matrix (F_intra). past: earlier tasks, for --memory."""
+    memory = replay(args, past)
+    for s, part in run.parts(task.subtasks or [task]):
+        learning = what_learns(args, backbone, method, run.stage)
+        if not learning:                                             # the frozen bound
+            continue
+        optimizer = make_optimizer(args, method, learning)  # a new one for each task: no momentum of the last
+        for epoch in run.epochs(args.epochs, learning, optimizer, part.name):
+            loss = learn_epoch(args, backbone, method, part.train, memory, optimizer, run, epoch)
+            known = evaluate(args, backbone, method, part.val, args.train_modality) if part.val else {"score": None}
+            run.keep(loss, known["score"])
+        if task.subtasks:
+            seen = [getattr(one, args.split) for one in task.subtasks[:s + 1]]
+            row = [evaluate(args, backbone, method, samples)["score"] if samples else 0.0 for samples in seen]
+            run.kept.setdefault("intra", {}).setdefault(str(run.stage), []).append(row)
+
+
+def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
+    """One pass over the samples.  Their order, answers and masks depend on seed, task, subtask and epoch
+    alone, so that a resumed run draws what the whole one would have drawn.  Returns the mean loss."""
+    rng = random.Random(f"{args.seed} {run.stage} {run.part} {epoch}")
+    torch.manual_seed(rng.getrandbits(48))
+    order = rng.sample(samples, len(samples))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group.setdefault("first_lr", group["lr"]) for group in optimizer.param_groups]
+    falling = getattr(method, "schedule", "constant") == "linear"    # to zero, over the epochs of the task
+    method.train()
+    total, bar = 0.0, run.bar(range(0, len(order), args.batch))
+    for step, i in enumerate(bar):
+        batch = order[i:i + args.batch]
+        if memory:
+            batch = batch + rng.sample(memory, min(args.batch, len(memory)))
+        loss = batch_loss(args, backbone, method, batch, [draw_answer(rng, s.answers) for s in batch])
+        run.check(loss.item(), step, optimizer)
+        if falling:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
+        (loss / args.accum).backward()
+        if (step + 1) % args.accum == 0 or step + 1 == len(bar):
+            nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.item()
+        bar.set_postfix_str(f"loss {total / (step + 1):.3f}")
+    return total / max(len(bar), 1)
+
+
 def batch_loss(args, backbone, method, samples, answers):
-    """Eq. 11 on a batch: samples and as many answers, one drawn for each -> ()"""
+    """Eq. 11 on a batch: prompts in, answer out."""
     with precision(args):
         hidden, mask, out = backbone.encode(*backbone.embed(samples), method, args.train_modality)
-        L_ce = backbone.loss(hidden, mask, answers)
-    return total_loss(L_ce, out.losses, method.weights)
+        ce = backbone.loss(hidden, mask, answers)
+    return total_loss(ce, out.losses, method.weights)
 
 
 def precision(args):
-    """The context that --dtype asks for."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
 
 
-def draw_answer(dice, answers):
-    """A training target: one of the annotators' answers with probability proportional to its soft score min(1, count/3)."""
+def draw_answer(rng, answers):
+    """A training target: one of the annotators' answers with probability proportional to its soft score
+    min(1, count/3)."""
     if len(answers) == 1:
         return answers[0]
     count = Counter(answers)
-    return dice.choices(list(count), [min(1.0, c / 3) for c in count.values()])[0]
+    return rng.choices(list(count), [min(1.0, c / 3) for c in count.values()])[0]
 
 
-def replay_memory(args, past):
-    """Replay samples: --memory in all, shared equally by the past tasks, drawn at random from each (Table 3)."""
+def replay(args, past):
+    """Replay samples: --memory in all, shared equally by the past tasks, drawn at random from each (Table
+    3)."""
     if not args.memory or not past:
         return []
-    share = args.memory // len(past)
+    each = args.memory // len(past)
     return [s for i, task in enumerate(past)
-            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, min(len(task.train), share))]
-
-
-def learn_task(args, backbone, method, task, run, memory=()):
-    """Learns one task, or in DI one subtask, with a new optimiser; memory: samples of earlier tasks to mix in.
-    Raises InputError where the loss is not finite."""
-    learning = let_learn(args, backbone, method, run.stage)
-    if not learning:
-        return
-    optimizer, B = make_optimizer(args, learning), args.batch
-    rates, steps = [group["lr"] for group in optimizer.param_groups], math.ceil(len(task.train) / B)
-    for epoch in run.epochs(args.epochs, learning, optimizer, task.name):
-        # Order, answers and masks of an epoch depend on the seed and the place in the run alone.
-        dice = random.Random(f"{args.seed} {run.stage} {run.part} {epoch}")
-        torch.manual_seed(dice.getrandbits(48))
-        order = dice.sample(task.train, len(task.train))
-        method.train()
-        total = 0.0
-        for step in (bar := run.bar(range(steps))):
-            batch = order[step * B:(step + 1) * B]
-            if memory:
-                batch = batch + dice.sample(memory, min(B, len(memory)))
-            loss = batch_loss(args, backbone, method, batch, [draw_answer(dice, s.answers) for s in batch])
-            run.check(loss.item(), step, optimizer)
-            if method.schedule == "linear":                          # the rates fall to zero over the task
-                for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / steps)
-            (loss / args.accum).backward()
-            if (step + 1) % args.accum == 0 or step + 1 == steps:
-                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad()
-            total += loss.item()
-            bar.set_postfix(loss=f"{total / (step + 1):.3f}")
-        score = evaluate(args, backbone, method, task.val, args.train_modality)["score"] if task.val else epoch
-        run.keep(total / max(steps, 1), score)
+            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, min(len(task.train), each))]
 
 
 @torch.no_grad()
 def evaluate(args, backbone, method, samples, modality=None):
-    """Answers samples, each of which depends on itself alone.
-
-    Returns {"score": VQA accuracy in points, "f1": token F1 in points, "chosen": {pool: {prompt: how often}}}.
-    modality: "joint", or what alone the encoder sees, "v" or "q"; default --modality.
-    """
+    """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction
+    depends on its own sample alone.  modality: what the encoder sees, default --modality."""
     method.eval()
     score, f1, chosen = 0.0, 0.0, {}
     for i in range(0, len(samples), args.eval_batch):
@@ -913,277 +884,245 @@ def evaluate(args, backbone, method, samples, modality=None):
         for s, answer in zip(part, answers):
             score += metrics.vqa_accuracy(answer, s.answers)
             f1 += max(metrics.token_f1(answer, truth) for truth in set(s.answers))
-        for pool, picked in out.chosen.items():
-            chosen.setdefault(pool, Counter()).update(picked.flatten().tolist())
-    n = max(1, len(samples))
-    return {"score": 100 * score / n, "f1": 100 * f1 / n, "chosen": {pool: dict(c) for pool, c in chosen.items()}}
+        for pool, numbers in out.chosen.items():
+            chosen.setdefault(pool, Counter()).update(numbers.flatten().tolist())
+    return {"score": 100 * score / len(samples), "f1": 100 * f1 / len(samples),
+            "chosen": {pool: dict(sorted(count.items())) for pool, count in chosen.items()}}
 
 
 def run(args, folder):
-    """One run with one seed (args.seed) in `folder`.  Returns what its results.json holds."""
-    metrics.prepare(args, args.backbone == "mini")
+    """One run with one seed (args.seed).  Returns what results.json holds."""
     stream = load_stream(args)
+    metrics.prepare(args, small=args.backbone == "mini")
     backbone = load_backbone(args, stream)
-    torch.manual_seed(args.seed)                                     # what a method draws at its start depends on the seed alone
-    method = build_method(args, backbone, stream)
+    torch.manual_seed(args.seed)
+    method = build_method(args, backbone, stream).to(args.device)
     run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet)
-    one_stage = args.method in ("none", "joint")                     # the bounds know no tasks: one stage, all tasks tested
-    describe(args, stream, backbone, method, run)
+    count = announce(args, stream, backbone, method, run)
 
-    learned = {"method": method, "visual": backbone.visual}
-    if method is not None and (args.train_decoder or args.method in ("finetune", "joint")):
-        learned["t5"] = backbone.t5
-    run.restore(**learned)                                           # of a run that was killed
+    run.restore(**may_change(args, backbone, method))                # what a killed run had learned
+    one_stage = getattr(method, "one_stage", False)                  # the bounds none and joint know no tasks
     for t, task in run.tasks(stream.mixed() if one_stage else stream.tasks):
         if run.fresh:                                                # a killed run may have begun it
             method.begin_task(t)
-        memory = replay_memory(args, stream.tasks[:t])
-        for s, part in run.parts(task.subtasks or [task]):
-            learn_task(args, backbone, method, part, run, memory)
-            if task.subtasks:                                        # F_intra: the subtasks of this task so far
-                scores = [evaluate(args, backbone, method, p.test)["score"] for p in task.subtasks[:s + 1]]
-                run.kept.setdefault("intra", {}).setdefault(str(t), []).append(scores)
+        learn_task(args, backbone, method, task, run, stream.tasks[:t])
         method.end_task()
         seen = stream.tasks if one_stage else stream.tasks[:t + 1]
         run.kept["last"] = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
-        run.row([one["score"] for one in run.kept["last"]])
-    return finish(args, stream, backbone, method, run)
+        run.row([answers["score"] for answers in run.kept["last"]])
+
+    values, selection = measure(args, stream, backbone, method, run)
+    title = f"{args.method} {args.setting}: score on task (column) after (row)"
+    return run.finish(values, method.state_dict(), title, **count, selection=selection, intra=run.kept.get("intra", {}),
+                      protocol={"task id at test": False, "replay": args.memory, "select": "validation"},
+                      world=stream.extra.get("version"), counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
 
 
-def describe(args, stream, backbone, method, run):
-    """Prints what is about to run."""
-    learning = sum(p.numel() for p in let_learn(args, backbone, method, 0).values())
-    total = sum(p.numel() for module in (backbone, method) for p in module.parameters())
-    run.kept.update(trainable=learning, frozen=total - learning)
+def announce(args, stream, backbone, method, run):
+    """Says what is about to run; returns how many parameters learn and how many are frozen."""
+    trainable = sum(p.numel() for p in what_learns(args, backbone, method, 0).values())
+    total = sum(p.numel() for part in (backbone, method) for p in part.parameters())
     run.say(f"method {args.method} · setting {args.setting} · data {stream.extra.get('version', args.data)} · backbone "
-            f"{args.backbone} {args.backbone_seed} · seed {args.seed} · {args.device} {args.dtype}\n{data.describe(stream)}\n"
-            f"trainable {learning:,} of {total:,} parameters · batch {args.batch} x {args.accum} · epochs {args.epochs} · "
-            f"lr {args.lr:g} · greedy decoding, no task id at test, replay buffer {args.memory}")
+            f"{args.backbone} {args.backbone_seed} · seed {args.seed} · {args.device}\n{data.describe(stream)}\ntrainable "
+            f"{trainable:,} of {total:,} parameters · batch {args.batch} x {args.accum} · epochs {args.epochs} · "
+            f"greedy decoding, no task id at test, replay buffer {args.memory}")
+    return {"trainable": trainable, "frozen": total - trainable}
 
 
-def finish(args, stream, backbone, method, run):
-    """The last row again with one modality hidden (Eq. 12-13), the metrics, and the files of a run."""
-    last, A = run.kept["last"], run.A
-    by = {args.modality: last}
-    for modality in {"joint", "v", "q"} - {args.modality}:
-        by[modality] = [evaluate(args, backbone, method, getattr(task, args.split), modality) for task in stream.tasks]
-    mean = {modality: float(np.mean([one["score"] for one in rows])) for modality, rows in by.items()}
-    values = {"A": float(A[-1].mean())}
-    if not np.isnan(A[0, 0]) and len(A) > 1 and args.method not in ("none", "joint"):
-        values |= {"F_inter": metrics.forgetting(A), "F_inter_own": metrics.forgetting(A, "own")}
-    values |= {"token_F1": float(np.mean([one["f1"] for one in by["joint"]])), "A_v_only": mean["v"], "A_q_only": mean["q"],
-               "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
-               "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
-    if intra := run.kept.get("intra"):
-        square = [np.array([r + [np.nan] * (len(rows) - len(r)) for r in rows]) for rows in intra.values()]
-        values["F_intra"] = metrics.intra_forgetting(square)
-    if args.method == "joint":                                       # one model for all settings: scored by question type too
+def may_change(args, backbone, method):
+    """The modules that some task may change: what a checkpoint must hold."""
+    modules = {"method": method, "visual": backbone.visual}
+    if getattr(method, "whole_t5", False):
+        modules["t5"] = backbone.t5
+    elif args.train_decoder:
+        modules["decoder"] = backbone.t5.decoder
+    return modules
+
+
+def measure(args, stream, backbone, method, run):
+    """({metric: value}, {pool: for each task, how often each prompt was chosen}) of a run whose tasks are all
+    learned. Each task is answered again with one modality hidden (Eq. 12-13)."""
+    tests = [getattr(task, args.split) for task in stream.tasks]
+    by = {m: [evaluate(args, backbone, method, samples, m) for samples in tests]
+          for m in ("joint", "v", "q") if m != args.modality} | {args.modality: run.kept["last"]}
+    mean = {m: float(np.mean([answers["score"] for answers in rows])) for m, rows in by.items()}
+    f1 = float(np.mean([answers["f1"] for answers in by["joint"]]))
+    A = np.where(np.isnan(run.A) & (np.tri(len(tests)) == 1), run.A[-1], run.A)  # one stage: nothing to forget
+    values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "token_F1": f1,
+              "F_inter_own": metrics.forgetting(A, "own"), "A_v_only": mean["v"], "A_q_only": mean["q"],
+              "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
+              "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
+    if run.kept.get("intra"):
+        matrices = run.kept["intra"].values()                 # rows of 1, 2, ... scores: filled up to squares
+        squares = [[row + [np.nan] * (len(rows) - len(row)) for row in rows] for rows in matrices]
+        values["F_intra"] = metrics.intra_forgetting(squares)
+    if isinstance(method, Joint):                       # one model for all settings: scored as QI's tasks too
         by_type = {}
-        for task in stream.tasks:
-            for s in getattr(task, args.split):
-                by_type.setdefault(s.question_type, []).append(s)
-        values["A_by_type"] = float(np.mean([evaluate(args, backbone, method, part)["score"] for part in by_type.values()]))
-    pools = sorted({pool for one in by["joint"] for pool in one["chosen"]})
-    selection = {pool: [dict(sorted(one["chosen"].get(pool, {}).items())) for one in by["joint"]] for pool in pools}
-    results = run.finish(values, dict(method.state_dict()), f"{args.method} {args.setting}: score on task (column) after (row)",
-                         trainable=run.kept["trainable"], frozen=run.kept["frozen"], selection=selection, intra=intra or {},
-                         protocol={"task id at test": False, "replay": args.memory}, world=stream.extra.get("version"),
-                         counts=[[len(t.train), len(t.val), len(t.test)] for t in stream.tasks])
-    if args.data == "mini" and not args.smoke:
-        bounds = {"frozen": "QI zero-shot" if args.setting == "QI" else "CI zero-shot",
-                  "fine-tuning": f"{args.setting} fine-tuning", "joint": "joint"}
-        joint = "A_by_type" if args.setting == "QI" else "A"
-        run.say(metrics.worth("mmprompt", stream.extra["version"], bounds, {"frozen": "A", "fine-tuning": "A", "joint": joint}))
-    return results
+        for sample in (s for samples in tests for s in samples):
+            by_type.setdefault(sample.question_type, []).append(sample)
+        scores = [evaluate(args, backbone, method, some)["score"] for some in by_type.values()]
+        values["A_by_type"] = float(np.mean(scores))
+    pools = sorted({pool for answers in by["joint"] for pool in answers["chosen"]})
+    return values, {pool: [answers["chosen"].get(pool, {}) for answers in by["joint"]] for pool in pools}
 
 
-# ==================================================================================================== tables
-# name: (title, the row that others are compared with, rows).  A row: its label, the arguments that make it, and what the
-# paper prints for VQA v2 (A, F_inter).  "options" are arguments of the method's class that have no flag.
-COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
+# ===================================================================================================== tables
+# Each row: label, the arguments that make it, and what the paper prints (VQA v2; A / F_inter).  "options" are
+# arguments of the method's class that have no flag.  A table is {name: (title, label that the others are
+# compared with, rows)}.
 SETTINGS = ("CI", "QI", "DI")
-PAPER_1 = {"l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)),
-           "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
-           "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)),
-           "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
-           "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
-           "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
-OURS = (36.223, 0.447)
-NO_RECOVERY = {"use_intra": False, "use_inter": False}
-ISOLATED = {"use_query": False, **NO_RECOVERY}
-FROZEN_QUERY = {"options": {"freeze_query": True}}
+COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
+PAPER_1 = {                                                          # Table 1: CI, QI, DI
+    "l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)),
+    "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
+    "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)),
+    "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
+    "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
+    "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
+OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))        # the method itself, a row of nearly every table
+DI, CI = {"setting": "DI"}, {"setting": "CI"}
+NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
+ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
+PAPERS = "; the paper's numbers are its VQA v2"
+
+
+def ours(label):
+    """The method's row under the label that a table gives it."""
+    return (label, *OURS[1:])
+
+
 TABLES = {
-    "1": ("Table 1: methods", "{} mmprompt", [
-        (f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
-        for i, setting in enumerate(SETTINGS) for method in METHODS
-        if method not in ("joint", "none", "fusion")]),              # joint training and no training: table bounds
-    "2": ("Table 2: parts", "CQ + CR", [
-        ("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
-        ("CQ", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)), ("CQ + CR", {"setting": "DI"}, OURS)]),
-    "query": ("A query that stops learning", "CQ + CR", [
-        ("isolated prompts", {"setting": "DI", **ISOLATED}, (34.172, 1.310)),
-        ("CQ", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)),
-        ("CQ learned in task 1 only", {"setting": "DI", **NO_RECOVERY, **FROZEN_QUERY}, None),
-        ("CQ + CR", {"setting": "DI"}, OURS),
-        ("CQ learned in task 1 only + CR", {"setting": "DI", **FROZEN_QUERY}, None)]),
-    "3": ("Table 3: replay", "mmprompt memory 500", [
-        (f"{method} memory {m}", {"setting": "DI", "method": method, "memory": m}, paper) for method, m, paper in (
+    "1": ("Table 1 on mini" + PAPERS, "{} mmprompt",
+          [(f"{setting} {method}", {"setting": setting, "method": method}, PAPER_1.get(method, (None,) * 3)[i])
+           for i, setting in enumerate(SETTINGS) for method in METHODS  # DI's tasks are CI's; joint knows none
+           if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))]),
+    "2": ("Table 2 on mini" + PAPERS, "CQ + CR", [ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)), OURS]),
+    "query": ("Eq. 1 learned in the first task only, on mini" + PAPERS, "CQ + CR", [
+        ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)),
+        ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"freeze_query": True}}, None),
+        OURS, ("CQ learned in task 1 only + CR", {**DI, "options": {"freeze_query": True}}, None)]),
+    "3": ("Table 3 on mini" + PAPERS, None, [
+        (f"{method} memory {m}", {**DI, "method": method, "memory": m}, paper) for method, m, paper in (
             ("dualprompt", 500, (27.641, 3.765)), ("coda", 500, (30.632, 2.471)), ("maple", 500, (30.049, 3.112)),
             ("mmprompt", 500, (32.394, 2.259)), ("mmprompt", 200, (29.945, 3.112)), ("mmprompt", 1000, (34.268, 2.427)))]),
-    "9": ("Table 9: pool sizes", "40 60 80 120", [
-        (" ".join(map(str, sizes)), {"setting": "DI", "pool_sizes": sizes}, paper) for sizes, paper in (
-            ([10, 80, 10, 80], (35.79, 0.914)), ([50, 50, 50, 50], (35.168, 1.268)), ([40, 60, 80, 120], OURS),
-            ([60, 80, 100, 140], (34.851, 0.985)))]),
-    "10": ("Table 10: recovery", "intra + inter", [
-        ("no recovery", {"setting": "DI", **NO_RECOVERY}, (34.990, 0.588)),
-        ("intra", {"setting": "DI", "use_inter": False}, (35.150, 1.140)),
-        ("inter", {"setting": "DI", "use_intra": False}, (35.318, 1.071)), ("intra + inter", {"setting": "DI"}, OURS)]),
-    "11": ("Table 11: losses", "L_intra + L_inter", [
-        ("no loss", {"setting": "DI", "alpha": 0.0, "beta": 0.0}, (34.260, 1.871)),
-        ("L_intra", {"setting": "DI", "alpha": 0.0}, (34.743, 1.531)),
-        ("L_inter", {"setting": "DI", "beta": 0.0}, (35.059, 1.204)), ("L_intra + L_inter", {"setting": "DI"}, OURS)]),
-    "12": ("Table 12: other queries", "Eq. 1", [
-        (f, {"setting": "DI", "method": "fusion", "options": {"query_fusion": f}}, paper) for f, paper in (
+    "9": ("Table 9 on mini" + PAPERS, "40 60 80 120", [
+        ("10 80 10 80", {**DI, "pool_sizes": [10, 80, 10, 80]}, (35.79, 0.914)),
+        ("50 50 50 50", {**DI, "pool_sizes": [50, 50, 50, 50]}, (35.168, 1.268)), ours("40 60 80 120"),
+        ("60 80 100 140", {**DI, "pool_sizes": [60, 80, 100, 140]}, (34.851, 0.985))]),
+    "10": ("Table 10 on mini" + PAPERS, "intra + inter", [
+        ("no recovery", NO_RECOVERY, (34.990, 0.588)), ("intra", {**DI, "use_inter": False}, (35.150, 1.140)),
+        ("inter", {**DI, "use_intra": False}, (35.318, 1.071)), ours("intra + inter")]),
+    "11": ("Table 11 on mini" + PAPERS, "L_intra + L_inter", [
+        ("no loss", {**DI, "alpha": 0.0, "beta": 0.0}, (34.260, 1.871)), ("L_intra", {**DI, "alpha": 0.0}, (34.743, 1.531)),
+        ("L_inter", {**DI, "beta": 0.0}, (35.059, 1.204)), ours("L_intra + L_inter")]),
+    "12": ("Table 12 on mini" + PAPERS, "query", [
+        *((f, {**DI, "options": {"query_fusion": f}}, paper) for f, paper in (
             ("plus", (34.275, 1.731)), ("mean", (34.398, 2.015)), ("hadamard", (34.702, 1.142)),
-            ("cross-attention", (34.891, 1.202)))] + [("Eq. 1", {"setting": "DI"}, OURS)]),
-    "13": ("Table 13: other recoveries", "Eq. 4-10", [
-        (f, {"setting": "DI", "method": "fusion", "options": {"recovery_fusion": f}}, paper) for f, paper in (
+            ("cross-attention", (34.891, 1.202)))),
+        ours("query")]),
+    "13": ("Table 13 on mini" + PAPERS, "recovery", [
+        *((f, {**DI, "options": {"recovery_fusion": f}}, paper) for f, paper in (
             ("plus", (33.850, 1.335)), ("mean", (34.170, 1.405)), ("hadamard", (34.212, 1.274)),
-            ("cross-attention", (34.628, 1.428)))] + [("Eq. 4-10", {"setting": "DI"}, OURS)]),
-    "fig4c": ("Fig. 4c: mask ratio", "delta 0.05", [
-        (f"delta {d}", {"setting": "DI", "mask_ratio": d}, OURS if d == 0.05 else None)
-        for d in (0.01, 0.03, 0.05, 0.07, 0.10)]),
-    "fig4d": ("Fig. 4d: weight of L_inter", "alpha 1.0", [
-        (f"alpha {a}", {"setting": "DI", "alpha": a}, OURS if a == 1.0 else None) for a in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)]),
-    "fig9": ("Fig. 9: weight of L_intra", "beta 0.3", [
-        (f"beta {b}", {"setting": "DI", "beta": b}, OURS if b == 0.3 else None) for b in (0.1, 0.2, 0.3, 0.4, 0.5)]),
-    "bounds": ("Bounds of the built-in world", None, [
-        ("CI zero-shot", {"setting": "CI", "method": "none"}, None),
-        ("QI zero-shot", {"setting": "QI", "method": "none"}, None), ("joint", {"setting": "CI", "method": "joint"}, None),
+            ("cross-attention", (34.628, 1.428)))),
+        ours("recovery")]),
+    "bounds": ("Bounds of mini", None, [
+        ("CI zero-shot", {**CI, "method": "none"}, None), ("QI zero-shot", {"setting": "QI", "method": "none"}, None),
+        ("joint", {**CI, "method": "joint"}, None),
         *((f"{setting} fine-tuning", {"setting": setting, "method": "finetune"}, None) for setting in SETTINGS),
-        *((f"joint, {word} only", {"setting": "CI", "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
+        *((f"joint, {word} only", {**CI, "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
           for word, m in (("question", "q"), ("picture", "v")))]),
 }
+for name, letter, flag, best, values in (("fig4c", "delta", "mask_ratio", 0.05, (0.01, 0.03, 0.05, 0.07, 0.10)),
+                                         ("fig4d", "alpha", "alpha", 1.0, (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)),
+                                         ("fig9", "beta", "beta", 0.3, (0.1, 0.2, 0.3, 0.4, 0.5))):
+    rows = [(f"{letter} {x}", {**DI, flag: x}, OURS[2] if x == best else None) for x in values]
+    TABLES[name] = (f"Fig. {name[3:]} on mini" + PAPERS, f"{letter} {best}", rows)
+
+# =============================================================================================== command line
+# What the prompts cost (--bench), the flags, and `main`, where everything starts.
 
 
-# ============================================================================================== command line
-# The paper's own flags beside those that all three scripts share (metrics.shared_flags), and --bench.
-
-
-@torch.no_grad()
 def bench(args):
-    """Cost of the prompts against the frozen encoder they are injected into, at T5-base shapes with random weights."""
+    """Cost of the prompts against the frozen encoder they are injected into, at T5-base shapes with random
+    weights."""
     from transformers import T5Config, T5ForConditionalGeneration
-    B, Nq, Nv, D, heads, blocks = (8, 8, 6, 64, 4, 6) if args.smoke else (100, 20, 36, 768, 12, 12)
-    config = T5Config(d_model=D, d_kv=D // heads, d_ff=4 * D, num_heads=heads, num_layers=blocks, num_decoder_layers=1,
-                      vocab_size=512 if args.smoke else 32128, dropout_rate=0.0, decoder_start_token_id=0)
+    B, Nq, Nv, D, H, blocks, words = (8, 8, 6, 64, 4, 6, 512) if args.smoke else (100, 20, 36, 768, 12, 12, 32128)
+    config = T5Config(d_model=D, d_kv=D // H, d_ff=4 * D, num_heads=H, num_layers=blocks, num_decoder_layers=1,
+                      vocab_size=words, dropout_rate=0.0, decoder_start_token_id=0)
     torch.manual_seed(0)
     backbone = VQABackbone(T5ForConditionalGeneration(config), None, VisualEmbedding(8, D), None).to(args.device)
     F_q, F_v = torch.randn(B, Nq, D, device=args.device), torch.randn(B, Nv, D, device=args.device)
-    q_mask, v_mask = (torch.ones(B, n, dtype=torch.bool, device=args.device) for n in (Nq, Nv))
-    inputs, layers = (F_q, F_v, q_mask, v_mask), {"G": (1, 2), "E": (3, 4, 5)}
-    ours = MMPrompt(D, length=args.length).to(args.device).eval()
-    dual, none = DualPrompt(D, args.length, 10, layers).to(args.device).eval(), Frozen()
+    x = F_q, F_v, torch.ones_like(F_q[..., 0]).bool(), torch.ones_like(F_v[..., 0]).bool()  # every token is real
+    mm = MMPrompt(D, length=args.length).to(args.device).eval()
+    dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
-    pool, q = ours.pools["QG"], ours.query(*inputs)["Q"]
-
-    def timed(job):
-        def call():
-            with precision(args):
-                job()
-        return call
-    jobs = {"frozen encoder": lambda: backbone.encode(*inputs, none),
-            "Eq. 1-10: query, selection, recovery": lambda: ours(*inputs),
-            "prompts of DualPrompt": lambda: dual(*inputs),
-            "encoder with MM-Prompt": lambda: backbone.encode(*inputs, ours),
-            "encoder with DualPrompt": lambda: backbone.encode(*inputs, dual),
-            "Eq. 2-3: selection from one pool": lambda: pool(q),
-            "Eq. 2-3 in loops over samples and prompts": lambda: looped_pool(pool, q),
-            "Eq. 1-10, a loop over samples": lambda: looped_method(ours, *inputs)}
-    rows = dict(zip(jobs, metrics.seconds(args.device, *map(timed, jobs.values()), repeats=3 if args.smoke else 5)))
-    names, hardware = list(rows), metrics.environment()
-    over = dict(zip((names[1], names[3], names[6], names[7]), (names[0], names[4], names[5], names[1])))
+    jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x),
+            "query + selection + recovery (Eq. 1-10)": lambda: mm(*x), "DualPrompt's prompts": lambda: dual(*x),
+            "encoder with MM-Prompt": lambda: backbone.encode(*x, mm),
+            "encoder with DualPrompt": lambda: backbone.encode(*x, dual)}
+    with torch.no_grad(), precision(args):
+        times = dict(zip(jobs, metrics.seconds(args.device, *jobs.values(), repeats=3)))
+    names, here = list(times), metrics.environment()
+    over = {names[1]: names[0], names[3]: names[4], names[4]: names[0]}
     print(f"batch {B}, {Nq} question and {Nv} picture tokens, width {D}, {blocks} encoder blocks, {args.dtype}, "
-          f"{hardware['hardware']}, {hardware['threads']} threads")
-    for name, value in rows.items():
-        ratio = f"{value / rows[over[name]]:8.2f} x {over[name]}" if name in over else ""
-        print(f"{name:<46}{1000 * value:10.1f} ms  {ratio}")
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    print(f"parameters: MM-Prompt {count(ours):,}, DualPrompt {count(dual):,}, frozen encoder blocks "
-          f"{count(backbone.t5.encoder.block):,} · throughput {B / rows[names[3]]:.0f} samples/s · peak "
-          f"{metrics.peak_memory_mb():.0f} MiB\npaper, Fig. 7: MM-Prompt 0.179 s per 100 samples, DualPrompt 0.158 s, ratio 1.13")
-    return rows
-
-
-@torch.no_grad()
-def looped_pool(pool, q):
-    """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests compare with."""
-    out = []
-    for b in range(len(q)):
-        s = [torch.dot(q[b], k) / (q[b].norm() * k.norm()) for k in pool.keys]
-        best = sorted(range(len(s)), key=lambda i: -float(s[i]))[:pool.k]
-        weight = [math.exp(float(s[i]) / pool.temperature) for i in best]
-        out.append(sum(w / sum(weight) * pool.prompts[i] for w, i in zip(weight, best)))
-    return torch.stack(out)
-
-
-def looped_method(method, F_q, F_v, q_mask, v_mask):
-    """The whole of Eq. 1-10 one sample at a time, selection one prompt at a time."""
-    out = {G: [] for G in "GE"}
-    for b in range(len(F_q)):
-        q = method.query(F_q[b:b + 1], F_v[b:b + 1], q_mask[b:b + 1], v_mask[b:b + 1])
-        for G in "GE":
-            final = method.recovery[G]({M: looped_pool(method.pools[M + G], q[M]) for M in "QV"})[0]
-            out[G].append(torch.cat([final["Q"], final["V"]], 1))
-    return {G: torch.cat(rows) for G, rows in out.items()}
+          f"{here['hardware']}, {here['threads']} threads")
+    for name, value in times.items():
+        ratio = f"{value / times[over[name]]:8.2f} x {over[name]}" if name in over else ""
+        print(f"{name:<52}{1000 * value:10.1f} ms  {ratio}")
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (mm, dual, backbone.t5.encoder.block)]
+    print("parameters: MM-Prompt {:,}, DualPrompt {:,}, frozen encoder blocks {:,} · ".format(*sizes) +
+          f"throughput {B / times[names[3]]:.0f} samples/s · peak {metrics.peak_memory_mb():.0f} MiB\n"
+          "paper, Fig. 7: MM-Prompt 0.179 s per 100 samples, DualPrompt 0.158 s, ratio 1.13")
+    return times
 
 
 def settle(args):
-    """The arguments of one run, with the defaults that depend on others.  Each default rate was chosen with the same
-    small search on a seed that is not reported (results/mmprompt/search.md)."""
-    method = METHODS[args.method]
-    args = metrics.settle_shared(args)
-    args.lr = method.lr if args.lr is None else args.lr
-    args.lr_attention = args.lr / 10 if args.lr_attention is None else args.lr_attention
-    args.lr_backbone = method.lr_backbone if args.lr_backbone is None else args.lr_backbone
-    args.epochs, args.batch = args.epochs or method.epochs, args.batch or method.batch
+    """Fills in the defaults that depend on the method, for one run: its class knows what suits it."""
+    metrics.settle_shared(args)
+    kind = METHODS[args.method]
+    args.lr = kind.lr if args.lr is None else args.lr
+    usual = {"lr_attention": args.lr / 10, "lr_backbone": 1e-4, "epochs": 2, "batch": 25}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(kind, name, value))
     return args
 
 
 def parse_args(argv=None):
-    p = metrics.shared_flags("MM-Prompt: continual visual question answering with cross-modal prompts.", METHODS, TABLES,
-                             "mini | vqav2 | nextqa | a .jsonl file", "mini, or any T5-family Hugging Face id or folder")
-    add, number = p.add_argument, metrics.positive
-    add("--setting", default="CI", choices=["DI", "CI", "QI"], help="dual, class or question increment")
-    add("--sizes", type=number, nargs=3, default=[8000, 800, 1600], help="mini: questions in train, val, test")
-    add("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
-    add("--vision", help="CLIP, SigLIP or DINOv2 id or folder that sees the pictures for --backbone")
-    add("--train-decoder", default=False, action=metrics.YES_NO, help="the official code's choice; the paper freezes it")
-    add("--train-vision", choices=["first", "always", "never"], help="when the visual embedding learns; default: never where "
-        "it is pre-trained, else in the first task")
-    add("--length", type=number, default=8, help="L, tokens per prompt (1: as paper and official code)")
-    add("--top-k", type=number, default=5, help="k of Eq. 2")
-    add("--pool-sizes", type=number, nargs=4, default=[40, 60, 80, 120], metavar=("QG", "QE", "VG", "VE"), help="N, Table 9")
-    add("--mask-ratio", type=metrics.share, default=0.05, help="delta of Eq. 4")
-    add("--alpha", type=metrics.finite, default=1.0, help="alpha of Eq. 11, weight of L_inter")
-    add("--beta", type=metrics.finite, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    add("--qk-weight", type=metrics.finite, default=1.0, help="weight of L_qk, in L2P and DualPrompt too")
-    add("--heads", type=number, default=8, help="attention heads of A")
-    add("--layers-g", type=metrics.natural, nargs="+", default=[1, 2], help="encoder blocks with G prompts, from 0")
-    add("--layers-e", type=metrics.natural, nargs="+", default=[3, 4, 5], help="encoder blocks with E prompts, from 0")
-    add("--use-query", default=True, action=metrics.YES_NO, help="CQ of Table 2 (Eq. 1)")
-    add("--use-intra", default=True, action=metrics.YES_NO, help="intra recovery of Table 10 (Eq. 5-6)")
-    add("--use-inter", default=True, action=metrics.YES_NO, help="inter recovery of Table 10 (Eq. 7-10)")
-    add("--memory", type=metrics.natural, default=0, help="replay samples in all (Table 3)")
-    add("--modality", default="joint", choices=["joint", "v", "q"], help="what the encoder sees at test (Eq. 12-13)")
-    add("--train-modality", default="joint", choices=["joint", "v", "q"], help="what it sees in training (blind bounds)")
-    add("--accum", type=number, default=1, help="batches per optimiser step")
-    add("--lr-attention", type=metrics.above_zero, help="of the attention modules and the visual embedding; default: a tenth "
-        "of --lr")
-    add("--lr-backbone", type=metrics.above_zero, help="of the T5 where it learns; default: 5e-4 joint and finetune, else 1e-4")
-    add("--weight-decay", type=metrics.finite, default=0.01, help="of attention modules and T5; prompts and keys have none")
-    args = metrics.check_shared(p.parse_args(argv))
-    args.options = {}                                                # arguments of the class without a flag, for tables
+    p = shared_flags("MM-Prompt: continual visual question answering with cross-modal prompts.", METHODS, TABLES,
+                     "mini | vqav2 | nextqa | a .jsonl file", "mini, or any T5-family Hugging Face id or folder", root=".")
+    g = p.add_argument_group("data and backbone of MM-Prompt")
+    g.add_argument("--setting", default="CI", choices=["DI", "CI", "QI"], help="dual, class or question increment")
+    g.add_argument("--sizes", type=positive, nargs=3, default=[8000, 800, 1600], help="mini: questions")
+    g.add_argument("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
+    g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder: the eyes of --backbone")
+    g.add_argument("--train-vision", choices=["first", "always", "never"], help="when the visual "
+                   "embedding learns (default: never where it is pre-trained, else in the first task)")
+    g.add_argument("--train-decoder", default=False, action=YES_NO, help="as the official code does")
+    g = p.add_argument_group("the paper's")
+    g.add_argument("--length", type=positive, default=8, help="L, tokens per prompt (1 as in the paper)")
+    g.add_argument("--top-k", type=positive, default=5, help="k of Eq. 2")
+    g.add_argument("--pool-sizes", type=positive, nargs=4, default=[40, 60, 80, 120], help="N of QG QE VG VE")
+    g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
+    g.add_argument("--alpha", type=finite, default=1.0, help="alpha of Eq. 11, weight of L_inter")
+    g.add_argument("--beta", type=finite, default=0.3, help="beta of Eq. 11, weight of L_intra")
+    g.add_argument("--qk-weight", type=finite, default=1.0, help="weight of L_qk (official: 0.05)")
+    g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
+    g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
+    g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")
+    g.add_argument("--use-query", default=True, action=YES_NO, help="CQ of Table 2 (Eq. 1)")
+    g.add_argument("--use-intra", default=True, action=YES_NO, help="intra recovery (Eq. 5-6)")
+    g.add_argument("--use-inter", default=True, action=YES_NO, help="inter recovery (Eq. 7-10)")
+    g.add_argument("--memory", type=natural, default=0, help="replay samples in all (Table 3)")
+    g.add_argument("--modality", default="joint", choices=["joint", "v", "q"], help="seen at test (Eq. 12-13)")
+    g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="seen in training")
+    g = p.add_argument_group("training of MM-Prompt")
+    g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
+    g.add_argument("--lr-attention", type=above_zero, help="of attention modules and eyes (default: --lr / 10)")
+    g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns")
+    g.add_argument("--weight-decay", type=finite, default=0.01, help="not of prompts")
+    args = check_shared(p.parse_args(argv))
+    args.options = {}                                         # arguments of the method's class without a flag
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
@@ -1192,98 +1131,159 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.pretrain:
-        return pretrain(args)
-    if args.bench:
-        return bench(settle(metrics.with_seed(args)))
+    if args.pretrain or args.bench:
+        args.seed = args.seeds[0]
+        return (pretrain if args.pretrain else bench)(settle(args))
     if args.table:
-        title, against, rows = TABLES[args.table]
-        table = metrics.Table(args, settle, f"{title}, on {args.data}; the paper's numbers are its VQA v2", against, rows,
-                              COLUMNS, ("A", "F_inter"), "A / F_inter", lines=args.table.startswith("fig"))
+        table = metrics.Table(args, settle, *TABLES[args.table], COLUMNS, COLUMNS[:2], "A / F_inter", "fig" in args.table)
         for one, folder in table.missing():
             run(one, folder)
         return print(table.write())
     name, results = f"{args.method} {args.setting}", []
     for one, folder in metrics.repetitions(args, settle):
         results.append(run(one, folder))
+        if not args.smoke:
+            print(worth(args, results[-1]["world"]), end="")
         print(metrics.last_line(name, results[-1:], COLUMNS))
     if len(results) > 1:
         metrics.keep_means(args.out, results)
         print(metrics.last_line(name, results, COLUMNS))
 
 
-# ======================================================================================== the small backbone
-# The built-in world's T5 and its eyes, trained on *statements* about other scenes ("the horse has the color <mask>"),
-# never on a question; nobody needs this to read the method.  Its bounds are measured at the end and kept in the file.
+def worth(args, world):
+    """What this run's score should be compared with, "" where nothing is on file."""
+    tasks = "QI" if args.setting == "QI" else "CI"                   # DI's tasks are CI's
+    labels = {"frozen": f"{tasks} zero-shot", "fine-tuning": f"{args.setting} fine-tuning", "joint": "joint"}
+    column = {"frozen": "A", "fine-tuning": "A", "joint": "A_by_type" if args.setting == "QI" else "A"}
+    line = metrics.worth("mmprompt", world, labels, column)
+    return line and line + "\n"
+
+
+# ========================================================================================= the small backbone
+# How backbones/mini-vqa-<seed>.safetensors was made: a small T5 and its eyes learn from statements about
+# scenes of the built-in world with a gap to fill, never from the stream's questions.  Nobody needs this to
+# read the method.
+SHAPE = dict(d_model=96, d_kv=16, d_ff=192, num_heads=6, num_layers=6, num_decoder_layers=2)  # 0.75 M parameters
+STEPS, BATCH, SCENES, RATE, WORDS = 4500, 128, 24_000, 2e-3, 512
+EYES = 3                                                      # steps of the eyes alone, per step of the whole
+
+
+def small_config(seed):
+    """Everything that the training depends on: a file made for anything else is refused."""
+    return {"shape": SHAPE, "steps": STEPS, "batch": BATCH, "scenes": SCENES, "lr": RATE, "words": WORDS, "eyes": EYES,
+            "world": data.MINI_VQA_VERSION, "seed": seed}
+
+
+def small_modules(seed):
+    """{"t5", "visual"} of the small backbone before training."""
+    from transformers import T5Config, T5ForConditionalGeneration
+    torch.manual_seed(seed)
+    config = T5Config(vocab_size=WORDS, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+                      tie_word_embeddings=True, **SHAPE)
+    return nn.ModuleDict({"t5": T5ForConditionalGeneration(config),
+                          "visual": VisualEmbedding(3 * data.REGION_PIXELS ** 2, SHAPE["d_model"])})
+
+
+def load_small(seed):
+    """(t5, visual) as shipped."""
+    tensors = metrics.small_backbone("mini-vqa", seed, small_config(seed))
+    both = small_modules(seed)
+    both.load_state_dict(tensors, strict=False)                      # tied tensors are stored once
+    both["t5"].tie_weights()
+    return both["t5"], both["visual"]
+
+
+def mini_tokenizer(texts=()):
+    """One token a word: the world's words, then the most frequent new words of `texts` while the 512 rows
+    last."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    known = ["<pad>", "</s>", "<unk>", "<mask>", *data.MINI_WORDS]
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),                  # < and > stay: <mask>
+                                     pre_tokenizers.Split(Regex(r"[.,;:!?\"'()]"), "isolated")])
+    count = Counter(w for text in texts for w, _ in split.pre_tokenize_str(text.lower()))
+    new = [w for w, _ in count.most_common() if w not in set(known)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate((known + new)[:WORDS])}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    lost = max(0, len(known) + len(new) - WORDS)
+    if new:
+        tqdm.write(f"{len(new)} words are new: {len(new) - lost} get random rows, {lost} become <unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def pretrain(args):
-    """Makes backbones/mini-vqa-<seed>.safetensors anew."""
-    args = settle(metrics.with_seed(args))
-    torch.set_num_threads(1)
-    start, seed = metrics.time.time(), args.backbone_seed
-    torch.manual_seed(seed)
-    both, dice = mini_models().to(args.device), random.Random(f"upstream {seed}")
-    scenes = [data.random_scene(dice, data.COCO_NAMES[i % 80], crowd=dice.random() < .4, alone=dice.random() < .4)
-              for i in range(min(MINI_SCENES, 12 * MINI_STEPS + 200))]
-    regions = data.draw_scenes(scenes)
-    teach_eyes(both, scenes, regions, dice, args)
-    teach_statements(both, scenes, regions, dice, args)
-    both.to("cpu")
-    once = {}                                                        # tied tensors are stored once
-    for name, tensor in both.state_dict().items():
-        if tensor.data_ptr() not in {other.data_ptr() for other in once.values()}:
-            once[name] = tensor.contiguous()
-    metrics.keep_with_bounds("mini-vqa", mini_config(seed), once, start, f"mini-VQA {data.MINI_VQA_VERSION}",
-                             "python mmprompt.py", args, settle, run, ("A", "A_by_type"))
+    """--pretrain: make the small backbone of --backbone-seed anew, write it, and measure what it is worth."""
+    start, seed = time.time(), args.backbone_seed
+    tensors = train_small(seed, STEPS, SCENES, args.device, args.quiet)
+    about = {"world": data.MINI_VQA_VERSION, "command": f"python mmprompt.py --pretrain --backbone-seed {seed}"}
+    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about)
+    bounds = {}
+    for method in ("none", "joint"):                            # the bounds, with the file as it will be read
+        one = parse_args(["--method", method, "--backbone-seed", str(seed), "--device", args.device, "--quiet"])
+        one.seed = seed
+        with tempfile.TemporaryDirectory() as folder:
+            values = run(settle(one), Path(folder))["metrics"]
+        bounds[method] = {k: values[k] for k in ("A", "A_by_type", "A_q_only", "A_v_only") if k in values}
+    minutes = (time.time() - start) / 60
+    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about, minutes=minutes, bounds=bounds)
+    print(f"backbones/mini-vqa-{seed}.safetensors: {bounds}, {minutes:.1f} min")
 
 
-def teach_eyes(both, scenes, regions, dice, args):
-    """First the eyes alone: a region's token is drawn to the embeddings of the words that describe it, as in contrastive
-    picture-text training.  Without this, naming stays at chance for thousands of steps."""
-    tokenizer = mini_tokenizer()
-    values = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES,
-              "size": data.SIZES, "cell": list(data.CELLS)}          # {attribute: its words}
-    embedding = both["t5"].get_input_embeddings().weight.detach().cpu()
-    rows = [torch.stack([embedding[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0) for word in words])
-            for words in values.values()]                            # per attribute (words,D)
-    shown = []                                                       # (scene, region, word of each attribute or -1)
+def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
+    """The tensors of a small backbone.  First the eyes alone: a region's token is drawn to the embeddings of
+    the words that describe it, as in contrastive picture-text training.  Then everything together on
+    statements with a gap."""
+    both = small_modules(seed).to(device)
+    rng = random.Random(f"upstream {seed}")
+    scenes = [data.random_scene(rng, data.COCO_NAMES[i % 80], crowd=rng.random() < .4, alone=rng.random() < .4)
+              for i in range(scenes_n)]
+    regions, tokenizer = data.draw_scenes(scenes), mini_tokenizer()
+    open_eyes(both, scenes, regions, tokenizer, rng, max(EYES * steps, 20), device, quiet)
+    backbone = VQABackbone(both["t5"], tokenizer, both["visual"], world_regions(regions), "", 16, 10)
+    both.requires_grad_(True).train()
+
+    def fill_the_gap(step):
+        rows = [rng.randrange(scenes_n) for _ in range(BATCH)]
+        pairs = [data.upstream_statement(rng, scenes[r]) for r in rows]
+        samples = [data.Sample(r, r, statement, (gap,), "", "") for r, (statement, gap) in zip(rows, pairs)]
+        hidden, mask, _ = backbone.encode(*backbone.embed(samples))
+        return backbone.loss(hidden, mask, [gap for _, gap in pairs])
+    optimizer = torch.optim.AdamW(both.parameters(), RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 20), pct_start=0.1)
+    metrics.fit("small backbone: statements", fill_the_gap, optimizer, schedule, steps, grad_clip=1.0, quiet=quiet)
+    tensors = {}
+    for name, tensor in both.state_dict().items():                   # tied tensors are stored once
+        if all(tensor.data_ptr() != kept.data_ptr() for kept in tensors.values()):
+            tensors[name] = tensor
+    return tensors
+
+
+def open_eyes(both, scenes, regions, tokenizer, rng, steps, device, quiet):
+    """The visual embedding learns alone which words belong to a region."""
+    words = {"name": data.COCO_NAMES, "color": list(data.COLORS), "pattern": data.PATTERNS, "pose": data.POSES,
+             "size": data.SIZES, "cell": list(data.CELLS)}
+    embedding = both["t5"].get_input_embeddings().weight.detach()
+    rows = [torch.stack([embedding[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0) for word in values])
+            for values in words.values()]                            # one (values,D) for each attribute
+    shown = []                                          # (scene, region, the thing's value of each attribute)
     for r, scene in enumerate(scenes):
         for i, j in enumerate(data.region_order(scene)):
             if j < len(scene["things"]):
                 thing = scene["things"][j]
-                shown.append((r, i, [words.index(thing[k]) if thing[k] in words else -1 for k, words in values.items()]))
-    visual, steps = both["visual"].requires_grad_(True), max(MINI_EYES * MINI_STEPS, 20)
+                shown.append((r, i, [vs.index(thing[k]) if thing[k] in vs else -1 for k, vs in words.items()]))
+    visual = both["visual"].requires_grad_(True)
+
+    def name_the_region(step):
+        r, i, truth = zip(*rng.sample(shown, min(128, len(shown))))
+        features = torch.from_numpy(regions[0][list(r), list(i)]).flatten(1).float() / 127.5 - 1  # (B,768)
+        x = visual(features.to(device), torch.from_numpy(regions[1][list(r), list(i)]).to(device))   # (B,D)
+        target = torch.tensor(truth, device=device)                                              # (B,6)
+        return sum(F.cross_entropy(x @ e.T / SHAPE["d_model"] ** 0.5, target[:, k], ignore_index=-1)
+                   for k, e in enumerate(rows))
     optimizer = torch.optim.AdamW(visual.parameters(), 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-
-    def loss_of(step):
-        batch = dice.sample(shown, min(128, len(shown)))
-        r, i = [b[0] for b in batch], [b[1] for b in batch]
-        features = torch.from_numpy(regions[0][r, i]).flatten(1).float() / 127.5 - 1              # (B,768)
-        x = visual(features.to(args.device), torch.from_numpy(regions[1][r, i]).to(args.device))  # (B,D)
-        target = torch.tensor([t for *_, t in batch], device=args.device)                         # (B,6)
-        return sum(F.cross_entropy(x @ e.T.to(args.device) / MINI["d_model"] ** 0.5, target[:, k], ignore_index=-1)
-                   for k, e in enumerate(rows))
-    metrics.fit("eyes of the small backbone", loss_of, optimizer, schedule, steps, quiet=args.quiet)
-
-
-def teach_statements(both, scenes, regions, dice, args):
-    """Then everything together on statements with a gap."""
-    model = VQABackbone(both["t5"], mini_tokenizer(), both["visual"], world_regions(regions), max_question=16, max_answer=10)
-    both.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(both.parameters(), MINI_LR, weight_decay=0.01)
-    steps = max(MINI_STEPS, 20)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MINI_LR, total_steps=steps, pct_start=0.1)
-
-    def loss_of(step):
-        rows = [dice.randrange(len(scenes)) for _ in range(MINI_BATCH)]
-        pairs = [data.upstream_statement(dice, scenes[r]) for r in rows]
-        samples = [data.Sample(r, r, text, (answer,), "", "") for r, (text, answer) in zip(rows, pairs)]
-        hidden, mask, _ = model.encode(*model.embed(samples), Frozen())
-        return model.loss(hidden, mask, [answer for _, answer in pairs])
-    metrics.fit("the small backbone", loss_of, optimizer, schedule, MINI_STEPS, 1.0, args.quiet)
-    both.requires_grad_(False).eval()
+    metrics.fit("small backbone: eyes", name_the_region, optimizer, schedule, steps, quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 end to end.  pytest -q test_all.py"""
 import argparse
 import ast
+import inspect
 import itertools
 import json
 import math
@@ -482,7 +483,7 @@ def test_eq6_target_is_a_constant_and_recovery_learns(double):
 def test_eq6_vector_form(double):
     w = torch.randn(6)
     full = ((torch.outer(w, w) - torch.eye(6)) ** 2).sum()
-    assert float(mmprompt.orthogonality(w) * 6 + 5) == pytest.approx(float(full))                # (|w|^2-1)^2 + D-1
+    assert float(mmprompt.CrossModalRecovery.orthogonality(w) * 6 + 5) == pytest.approx(float(full))                # (|w|^2-1)^2 + D-1
 
 
 def test_eq10_is_blind_to_the_prompts_at_length_one_only(double):
@@ -540,7 +541,7 @@ def test_method_sums_types_and_orders_question_first():
 def tiny_t5(D=16, blocks=6):
     from transformers import T5Config, T5ForConditionalGeneration
     torch.manual_seed(0)
-    return T5ForConditionalGeneration(T5Config(vocab_size=mmprompt.MINI_VOCAB, d_model=D, d_kv=8, d_ff=32, num_heads=2, num_layers=blocks,
+    return T5ForConditionalGeneration(T5Config(vocab_size=mmprompt.WORDS, d_model=D, d_kv=8, d_ff=32, num_heads=2, num_layers=blocks,
                                                num_decoder_layers=2, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
 
 
@@ -556,9 +557,74 @@ def asked(n=6):
 
 
 def arguments(method, **more):
-    return mmprompt.settled(Namespace(**{
-        **vars(mmprompt.build_parser().parse_args([])), "method": method, "device": "cpu", "train_vision": "never",
+    return mmprompt.settle(Namespace(**{
+        **vars(mmprompt.parse_args([])), "method": method, "device": "cpu", "train_vision": "never", "seed": 0,
         "pool_sizes": [6, 7, 8, 9], "top_k": 2, "length": 4, "heads": 2, "epochs": 1, "batch": 4, "quiet": True, **more}))
+
+
+def made(args, tasks):
+    """The method of --method for the tiny backbone."""
+    return mmprompt.build_method(args, Namespace(width=16), range(tasks))
+
+
+class Bar(list):
+    def set_postfix_str(self, text):
+        pass
+
+
+def here(t=0):
+    """Stands for a run at task t."""
+    return Namespace(stage=t, part=0, bar=Bar, check=lambda *_: None)
+
+
+def learner(args, model, method, t=0):
+    """({name: parameter} that learns, the optimiser) of task t, as learn_task makes them."""
+    method.begin_task(t)
+    learning = mmprompt.what_learns(args, model, method, t)
+    return learning, mmprompt.make_optimizer(args, method, learning)
+
+
+def test_mmprompt_paper_section_runs_alone():
+    """With the imports of torch alone, and what goes wrong is a ValueError."""
+    source = (HERE / "mmprompt.py").read_text()
+    section = re.search(r"\n# =+ the paper\n(.*?)\n# =+ the backbone\n", source, re.S)[1]
+    space = {"__name__": "alone"}
+    exec("import dataclasses, math\nimport torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n" + section, space)
+    out = space["MMPrompt"](16, 2, length=4, top_k=2)(*tokens(D=16))
+    assert out.prompts["G"].shape == out.prompts["E"].shape == (3, 8, 16) and {*out.losses} == {"qk", "intra", "inter"}
+    assert space["total_loss"](torch.tensor(1.0), out.losses, {}) > 1
+    for wrong in (lambda: space["PromptPool"](8, 3, top_k=4), lambda: space["CrossModalQuery"](9, 2), lambda: space["CrossModalRecovery"](9, 2)):
+        with pytest.raises(ValueError):
+            wrong()
+    parts = "".join(re.search(rf"\nclass {name}\(.*?(?=\n\n\n)", section, re.S)[0] + "\n"
+                    for name in ("Attention", "SelfAttention", "CrossModalRecovery"))
+    exec("import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nOTHER = {'Q': 'V', 'V': 'Q'}\n" + parts, space := {"__name__": "x"})
+    assert space["CrossModalRecovery"](8, 2)({M: torch.randn(2, 4, 8) for M in "QV"})[0]["Q"].shape == (2, 4, 8)
+
+
+def test_mmprompt_prompts_enter_where_the_call_path_says(monkeypatch):
+    path = mmprompt.__doc__[mmprompt.__doc__.index("Call path"):]
+    names = re.findall(r"^(?:Call path)?\s+([A-Za-z_]\w*(?:\.\w+)?) ", path, re.M)
+    assert names[:2] == ["main", "run"] and "MMPrompt.forward" in names and len(names) >= 9
+    for name in names:
+        owner, _, method = name.rpartition(".")
+        assert callable(getattr(getattr(mmprompt, owner) if owner else mmprompt, method)), name
+    model, method, entered = tiny_model(), made(arguments("mmprompt"), 2).eval(), []
+    inject, forward = mmprompt.VQABackbone.inject, [block.forward for block in model.t5.encoder.block]
+    assert "torch.cat([h, prompts" in (HERE / "mmprompt.py").read_text()
+
+    def seen(self, h, mask, Nq, prompts):
+        entered.append(prompts)
+        return inject(self, h, mask, Nq, prompts)
+    lengths = []
+    for block, real in zip(model.t5.encoder.block, forward):
+        monkeypatch.setattr(block, "forward", lambda h, real=real, **more: (lengths.append(h.shape[1]), real(h, **more))[1])
+    monkeypatch.setattr(mmprompt.VQABackbone, "inject", seen)
+    x = model.embed(asked())
+    hidden, _, out = model.encode(*x, method)
+    N = hidden.shape[1]
+    assert lengths == [N, *[N + 8] * 5]                              # blocks 1-5, in and out again
+    assert all(p is out.prompts[G] for p, G in zip(entered, "GGEEE")) and len(entered) == 5
 
 
 def test_encoder_without_prompts_is_t5(double):
@@ -599,9 +665,8 @@ def test_injection_appends_for_its_block_and_drops_again(double):
 @pytest.mark.parametrize("name", [m for m in mmprompt.METHODS if m not in ("none", "finetune", "joint")])
 def test_padding_and_batch_mates_change_nothing(name):
     model = tiny_model()
-    method = mmprompt.build_method(arguments(name), 16, 3).eval()
-    if hasattr(method, "begin_task"):
-        method.begin_task(2)
+    method = made(arguments(name), 3).eval()
+    method.begin_task(2)
     samples = asked()
     together, mask, _ = model.encode(*model.embed(samples), method)
     again, _, _ = model.encode(*model.embed(samples), method)
@@ -616,15 +681,13 @@ def test_padding_and_batch_mates_change_nothing(name):
 def test_gradient_reaches_all_that_learns_and_the_frozen_stays_bit_identical(name):
     model = tiny_model()
     torch.manual_seed(0)
-    method = mmprompt.build_method(arguments(name, mask_ratio=0.3), 16, 2)
-    learner = mmprompt.Learner(arguments(name), model, method)
-    learner.begin(0)
-    learning = learner.trainable()
-    frozen = {k: p.clone() for k, p in model.named_parameters() if f"model.{k}" not in learning}
+    method = made(arguments(name, mask_ratio=0.3), 2)
+    args = arguments(name, epochs=6)
+    learning, optimizer = learner(args, model, method)
+    frozen = {k: p.clone() for k, p in model.named_parameters() if f"backbone.{k}" not in learning}
     start = {k: p.detach().clone() for k, p in learning.items()}
-    bar = Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
-    for step in range(6):
-        learner.epoch(asked(12), [], f"{step}", "here", bar)
+    for epoch in range(6):
+        mmprompt.learn_epoch(args, model, method, asked(12), [], optimizer, here(), epoch)
     for k, p in learning.items():
         if name == "dualprompt" and k.endswith(("QE", "VE", "keys")) or name == "coda":
             assert not torch.equal(p, start[k]), k                   # parts of later tasks stay as they are, see below
@@ -641,7 +704,7 @@ def test_gradient_reaches_all_that_learns_and_the_frozen_stays_bit_identical(nam
 
 def test_coda_old_components_freeze_and_future_ones_wait():
     torch.manual_seed(0)
-    method = mmprompt.build_method(arguments("coda", pool_sizes=[6, 6, 6, 6]), 16, 3)
+    method = made(arguments("coda", pool_sizes=[6, 6, 6, 6]), 3)
     method.begin_task(1)
     out = method(*tokens(D=16))
     sum(p.square().sum() for p in out.prompts.values()).backward()
@@ -664,11 +727,11 @@ def test_what_a_task_does_not_own_stays_bit_identical(name, pool, rows):
     """Also under weight decay and Adam: only the rows of the current task move."""
     torch.manual_seed(0)
     args = arguments(name, pool_sizes=[6, 6, 6, 6], weight_decay=0.5)
-    method = mmprompt.build_method(args, 16, 3)
-    learner = mmprompt.Learner(args, tiny_model(), method)
-    learner.begin(1)
+    method = made(args, 3)
+    model = tiny_model()
+    _, optimizer = learner(args, model, method, 1)
     start = dict(method.named_parameters())[pool].detach().clone()
-    learner.epoch(asked(12), [], "0", "here", Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None))
+    mmprompt.learn_epoch(args, model, method, asked(12), [], optimizer, here(1), 0)
     moved = (dict(method.named_parameters())[pool] != start).flatten(1).any(1)
     want = torch.zeros_like(moved)
     want[rows] = True
@@ -677,7 +740,7 @@ def test_what_a_task_does_not_own_stays_bit_identical(name, pool, rows):
 
 def test_dualprompt_trains_its_task_and_finds_it_by_key():
     torch.manual_seed(0)
-    method = mmprompt.build_method(arguments("dualprompt"), 16, 4)
+    method = made(arguments("dualprompt"), 4)
     method.begin_task(2)
     F_q, F_v, q_mask, v_mask = tokens(D=16)
     assert method.train()(F_q, F_v, q_mask, v_mask).chosen["QE"].flatten().tolist() == [2, 2, 2]
@@ -692,7 +755,7 @@ def test_dualprompt_trains_its_task_and_finds_it_by_key():
 
 def test_l2p_joins_the_chosen_prompts_unmixed():
     torch.manual_seed(0)
-    method = mmprompt.build_method(arguments("l2p"), 16, 2)
+    method = made(arguments("l2p"), 2)
     F_q, F_v, q_mask, v_mask = tokens(D=16)
     out = method(F_q, F_v, q_mask, v_mask)
     first = out.chosen["Q"][0, 0]
@@ -702,7 +765,7 @@ def test_l2p_joins_the_chosen_prompts_unmixed():
 
 def test_modality_hides_the_other_from_the_encoder():
     model = tiny_model()
-    method = mmprompt.build_method(arguments("mmprompt"), 16, 2).eval()
+    method = made(arguments("mmprompt"), 2).eval()
     F_q, F_v, q_mask, v_mask = model.embed(asked())
     changed = F_q.clone()
     changed[:, 0] += 1
@@ -719,11 +782,35 @@ def test_modality_hides_the_other_from_the_encoder():
     torch.testing.assert_close(a[mask], c[mask])
 
 
-def test_fast_selection_equals_the_loop_that_bench_times():
+@torch.no_grad()
+def looped_pool(pool, q):
+    """Eq. 2-3 as written for one sample, one prompt at a time: the reference that --bench and the tests
+    compare with."""
+    out = []
+    for sample in q:
+        s = [torch.dot(sample, k) / (sample.norm() * k.norm()) for k in pool.keys]
+        best = sorted(range(len(s)), key=lambda i: -float(s[i]))[:pool.k]
+        weight = [math.exp(float(s[i]) / pool.temperature) for i in best]
+        out.append(sum(w / sum(weight) * pool.prompts[i] for w, i in zip(weight, best)))
+    return torch.stack(out)
+
+
+def looped_method(method, F_q, F_v, q_mask, v_mask):
+    """The whole of Eq. 1-10 one sample at a time, selection one prompt at a time."""
+    out = {G: [] for G in "GE"}
+    for b in range(len(F_q)):
+        q = method.query(F_q[b:b + 1], F_v[b:b + 1], q_mask[b:b + 1], v_mask[b:b + 1])
+        for G in "GE":
+            final = method.recovery[G]({M: looped_pool(method.pools[M + G], q[M]) for M in "QV"})[0]
+            out[G].append(torch.cat([final["Q"], final["V"]], 1))
+    return {G: torch.cat(rows) for G, rows in out.items()}
+
+
+def test_fast_selection_equals_the_loop():
     torch.manual_seed(0)
-    method = mmprompt.build_method(arguments("mmprompt"), 16, 2).eval()
+    method = made(arguments("mmprompt"), 2).eval()
     x = tokens(D=16)
-    got, want = method(*x).prompts, mmprompt.looped_method(method, *x)
+    got, want = method(*x).prompts, looped_method(method, *x)
     for G in "GE":
         torch.testing.assert_close(got[G], want[G], atol=1e-5, rtol=1e-4)
 
@@ -956,8 +1043,9 @@ def test_pictures_that_cannot_be_read(tmp_path):
 def test_region_files(tmp_path):
     np.savez(tmp_path / "a.npz", features=np.ones((3, 5), np.float16), boxes=np.tile([0, 0, .5, 1], (3, 1)))
     np.save(tmp_path / "b.npy", np.zeros((2, 5), np.float32))
-    load = mmprompt.region_files(tmp_path, ".")
+    load = data.region_files(tmp_path)
     features, boxes = load("train2014/a.jpg")
+    assert features.dtype == boxes.dtype == np.float32
     assert features.shape == (3, 5) and boxes[0].tolist() == [0, 0, .5, 1] and load("b.jpg")[1][0].tolist() == [0, 0, 1, 1]
     np.savez(tmp_path / "c.npz", features=np.ones((3, 6)))
     with pytest.raises(InputError, match=r"c.npz: features \(3, 6\).*expected \(n,5\)"):
@@ -974,12 +1062,12 @@ def test_region_files(tmp_path):
 
 def test_region_files_h5(tmp_path):
     with pytest.raises(InputError, match="h5py|missing"):
-        mmprompt.region_files(tmp_path / "x.h5", ".")
+        data.region_files(tmp_path / "x.h5")
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "f.h5", "w") as f:
         g = f.create_group("COCO_val2014_000000000001")
         g["features"], g["boxes"], g["img_w"], g["img_h"] = np.ones((36, 8), np.float32), np.tile([0, 0, 50, 100], (36, 1)), 100, 200
-    features, boxes = mmprompt.region_files(tmp_path / "f.h5", ".")("val2014/COCO_val2014_000000000001.jpg")
+    features, boxes = data.region_files(tmp_path / "f.h5")("val2014/COCO_val2014_000000000001.jpg")
     assert features.shape == (36, 8) and boxes[0].tolist() == [0, 0, .5, .5]
 
 
@@ -987,25 +1075,25 @@ def test_region_files_h5(tmp_path):
 
 
 def short(monkeypatch, **more):
-    """Arguments of a run of seconds on the built-in world, with a backbone of two pre-training steps."""
-    monkeypatch.setattr(mmprompt, "MINI_STEPS", 2)
-    return arguments(more.pop("method", "mmprompt"), sizes=[160, 80, 80], batch=16, quiet=True, **more)
+    """Arguments of a run of seconds on the built-in world, with the shipped backbone of seed 0."""
+    sizes = [240, 80, 160] if more.get("setting") == "QI" else [160, 80, 80]                     # QI's rarest type needs more
+    return arguments(more.pop("method", "mmprompt"), sizes=sizes, batch=16, quiet=True, **more)
 
 
 @pytest.mark.parametrize("method, setting", [("mmprompt", "DI"), ("finetune", "CI"), ("joint", "QI"), ("none", "CI"), ("dualprompt", "QI")])
 def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, method, setting):
     args = short(monkeypatch, method=method, setting=setting)
-    result = mmprompt.run(args, 0, tmp_path)
+    result = mmprompt.run(args, tmp_path)
     saved = json.loads((tmp_path / "results.json").read_text())
     T = 10 if setting == "QI" else 8
     assert len(saved["matrix"]) == T and saved["matrix"][0][1] is None and saved["metrics"]["A"] == result["metrics"]["A"]
     assert ("F_intra" in saved["metrics"]) == (setting == "DI") and (tmp_path / "matrix.png").exists()
     assert len((tmp_path / "matrix.csv").read_text().splitlines()) == T + 1
     epochs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] if method != "none" else []
-    assert len(epochs) == {"none": 0, "joint": 1}.get(method, sum(len(t.subtasks) or 1 for t in mmprompt.load_stream(args, 0).tasks))
+    assert len(epochs) == {"none": 0, "joint": 1}.get(method, sum(len(t.subtasks) or 1 for t in mmprompt.load_stream(args).tasks))
     if method == "mmprompt":
         from safetensors.torch import load_file
-        again = mmprompt.build_method(args, 96, T)
+        again = mmprompt.build_method(args, Namespace(width=96), range(T))
         again.load_state_dict(load_file(tmp_path / "prompts.safetensors"))
         counts = saved["selection"]["QG"]
         assert len(counts) == T and sum(counts[0].values()) == args.top_k * saved["counts"][0][2]
@@ -1017,14 +1105,14 @@ def test_same_seed_same_matrix_and_resume_after_a_kill_at_any_epoch(tmp_path, mo
     args = short(monkeypatch, setting="DI", epochs=2, mask_ratio=0.2, memory=20)
     load = mmprompt.load_stream
     monkeypatch.setattr(mmprompt, "load_stream", lambda *a: data.Stream((full := load(*a)).tasks[:2], [], full.extra))   # two of eight
-    whole = mmprompt.run(args, 0, tmp_path / "whole")["matrix"]
-    assert mmprompt.run(args, 0, tmp_path / "again")["matrix"] == whole
+    whole = mmprompt.run(args, tmp_path / "whole")["matrix"]
+    assert mmprompt.run(args, tmp_path / "again")["matrix"] == whole
     assert torch.are_deterministic_algorithms_enabled()              # else two threads add gradients of gathered prompts in any order
     real, calls, kills = metrics.Run.checkpoint, [0], iter((2, 7, 9, 10 ** 9))
     limit = [next(kills)]
 
-    def dying(self, **state):
-        real(self, **state)
+    def dying(self):
+        real(self)
         calls[0] += 1
         if calls[0] == limit[0]:
             raise KeyboardInterrupt
@@ -1032,7 +1120,7 @@ def test_same_seed_same_matrix_and_resume_after_a_kill_at_any_epoch(tmp_path, mo
     for _ in range(4):
         try:
             args.resume, args.rows, args.quiet = True, [str(calls[0])], not args.quiet           # what decides nothing may differ
-            broken = mmprompt.run(args, 0, tmp_path / "broken")
+            broken = mmprompt.run(args, tmp_path / "broken")
             break
         except KeyboardInterrupt:
             limit[0] = calls[0] + next(kills)                        # an epoch's end, a subtask's end, a task's end
@@ -1042,94 +1130,91 @@ def test_same_seed_same_matrix_and_resume_after_a_kill_at_any_epoch(tmp_path, mo
 
 
 def test_accumulation_is_one_large_batch_and_bf16_runs(tmp_path, monkeypatch):
-    samples, bar = asked(8), Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
-    ends = []
+    samples, ends = asked(8), []
     for batch, accum in ((8, 1), (4, 2)):
         torch.manual_seed(0)
-        args = arguments("finetune", batch=batch, accum=accum)
-        args.clip = 1e9
-        learner = mmprompt.Learner(args, tiny_model(), None)
-        learner.begin(0)
-        monkeypatch.setattr(learner, "optimizer", torch.optim.SGD(learner.model.t5.parameters(), 0.1))
+        args = arguments("finetune", batch=batch, accum=accum, grad_clip=1e9)
+        model, method = tiny_model(), made(args, 2)
+        learner(args, model, method)
+        optimizer = torch.optim.SGD(model.t5.parameters(), 0.1)
         # answers of one token and </s>, so that a mean over tokens is a mean over samples
         for s in samples:
             s.answers = ("red",)
-        learner.epoch(samples, [], "0", "here", bar)
-        ends.append(learner.model.t5.encoder.block[3].layer[1].DenseReluDense.wo.weight.detach().clone())
+        mmprompt.learn_epoch(args, model, method, samples, [], optimizer, here(), 0)
+        ends.append(model.t5.encoder.block[3].layer[1].DenseReluDense.wo.weight.detach().clone())
     torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-4)
-    result = mmprompt.run(short(monkeypatch, setting="CI", dtype="bf16"), 0, tmp_path)
+    result = mmprompt.run(short(monkeypatch, setting="CI", dtype="bf16"), tmp_path)
     assert math.isfinite(result["metrics"]["A"])
 
 
 def test_freeze_query_stops_eq_1_after_the_first_task():
-    learner = mmprompt.Learner(arguments("mmprompt", freeze_query=True), tiny_model(), mmprompt.build_method(arguments("mmprompt"), 16, 2))
-    bar = Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
+    args = arguments("mmprompt", options={"freeze_query": True})
+    model, method = tiny_model(), made(args, 2)
     for t in (0, 1):
-        learner.begin(t)
-        before = {k: p.detach().clone() for k, p in learner.method.named_parameters()}
-        learner.epoch(asked(6), [], "0", "here", bar)
-        moved = {k for k, p in learner.method.named_parameters() if not torch.equal(p, before[k])}
+        _, optimizer = learner(args, model, method, t)
+        before = {k: p.detach().clone() for k, p in method.named_parameters()}
+        mmprompt.learn_epoch(args, model, method, asked(6), [], optimizer, here(t), 0)
+        moved = {k for k, p in method.named_parameters() if not torch.equal(p, before[k])}
         assert any(k.startswith("query.") for k in moved) == (t == 0) and any(k.startswith("pools.") for k in moved)
 
 
 def test_linear_schedule_falls_to_zero_over_a_task(monkeypatch):
-    learner = mmprompt.Learner(arguments("mmprompt", batch=3, schedule="linear"), tiny_model(), mmprompt.build_method(arguments("mmprompt"), 16, 2))
-    learner.begin(0)
-    first, rates, step = learner.optimizer.param_groups[0]["lr"], [], learner.optimizer.step
-    monkeypatch.setattr(learner.optimizer, "step", lambda: (rates.append(learner.optimizer.param_groups[0]["lr"]), step()))
-    bar = Namespace(set_postfix_str=lambda *_: None, update=lambda *_: None)
+    args = arguments("mmprompt", batch=3, epochs=2)
+    model, method = tiny_model(), made(args, 2)
+    assert mmprompt.Joint.schedule == "linear"
+    method.schedule = "linear"
+    _, optimizer = learner(args, model, method)
+    first, rates, step = optimizer.param_groups[0]["lr"], [], optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda: (rates.append(optimizer.param_groups[0]["lr"]), step()))
     for epoch in (0, 1):
-        learner.epoch(asked(6), [], "0", "here", bar, epoch / 2, 1 / 2)
+        mmprompt.learn_epoch(args, model, method, asked(6), [], optimizer, here(), epoch)
     assert rates == pytest.approx([first, first * 3 / 4, first * 2 / 4, first / 4])
 
 
 def test_seeds_of_the_small_backbone_differ_and_a_seed_repeats_itself():
-    first, again, other = (mmprompt.mini_backbone(steps=2, seed=seed)[0].shared.weight for seed in (0, 0, 1))
+    first, again, other = (mmprompt.train_small(seed, 2, 200, quiet=True)["t5.shared.weight"] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypatch, capsys):
     """Two tables of the paper have rows with the same flags: one run serves both.  What is finished is not run again."""
-    calls, args = [], mmprompt.build_parser().parse_args(["--table", "2", "--seeds", "0", "1", "--out", str(tmp_path), "--device", "cpu"])
+    calls = []
 
-    def fake(args, seed, folder):
-        calls.append((args.use_query, args.use_inter, args.batch, seed, args.lr_attention))
-        assert args.backbone_seed == seed                            # the spread of a table holds the backbones
-        values = {"A": 50 + seed + args.use_query, "F_inter": 1.0, "F_intra": 2.0, "merge_effectiveness": 3.0}
-        A = np.full((1, 1), 1.0)
-        return metrics.Run(folder, mmprompt.deciding(args, seed)).finish(A, ["x"], values)
+    def fake(args, folder):
+        calls.append((args.use_query, args.use_inter, args.batch, args.seed, args.lr_attention))
+        assert args.backbone_seed == args.seed                       # the spread of a table holds the backbones
+        values = {"A": 50 + args.seed + args.use_query, "F_inter": 1.0, "F_intra": 2.0, "merge_effectiveness": 3.0}
+        return metrics.Run(folder, metrics.deciding(args), ["x"]).finish(values)
     monkeypatch.setattr(mmprompt, "run", fake)
-    mmprompt.table(args)
+
+    def table(name, *seeds, more=()):
+        mmprompt.main(["--table", name, "--seeds", *map(str, seeds), "--out", str(tmp_path), "--device", "cpu", *more])
+    table("2", 0, 1)
     assert len(calls) == 6 and {c[2] for c in calls} == {25} and {c[4] for c in calls} == {5e-5}
-    args.table = "10"
-    mmprompt.table(args)
+    table("10", 0, 1)
     assert len(calls) == 6 + 2 * 2                                   # "no recovery" is CQ, "intra + inter" is CQ + CR
-    args.table, args.seeds = "2", [0, 1, 2]
-    mmprompt.table(args)
+    table("2", 0, 1, 2)
     assert len(calls) == 13 and {c[3] for c in calls[10:]} == {2}
     text = (tmp_path / "table2.md").read_text()
     assert "| CQ + CR | 52.00 ± 1.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | - | - | 36.223 / 0.447 | 3 | 0.0 |" in text
     assert "| isolated prompts | 51.00 ± 1.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | -1.00 ± 0.00 (0/3, 0.250) | +0.00 ± 0.00 (0/3, 1.000) |" in text
     assert text in capsys.readouterr().out
-    args.lr = 1e-2                                                   # another setting: other runs, the old ones stay
-    mmprompt.table(args)
+    table("2", 0, 1, 2, more=["--lr", "1e-2"])                       # another setting: other runs, the old ones stay
     assert len(calls) == 22 and calls[-1][4] == 1e-3
-    args.rows = ["CQ", "no such row"]
     with pytest.raises(InputError, match="--rows of table 2 are: isolated prompts, CQ, CQ"):
-        mmprompt.table(args)
+        table("2", 0, more=["--rows", "CQ", "no such row"])
 
 
 def test_table_compares_with_the_row_of_its_setting(tmp_path, monkeypatch):
     """Table 1: each setting's rows against MM-Prompt there; broken results.json is run again."""
     scores = {("CI", "mmprompt"): 40.0, ("CI", "l2p"): 30.0, ("QI", "mmprompt"): 10.0, ("QI", "l2p"): 15.0}
 
-    def fake(args, seed, folder):
+    def fake(args, folder):
         A = scores[args.setting, args.method]
-        return metrics.Run(folder, mmprompt.deciding(args, seed)).finish(np.full((1, 1), A), ["x"], {"A": A, "F_inter": A / 10})
+        return metrics.Run(folder, metrics.deciding(args), ["x"]).finish({"A": A, "F_inter": A / 10})
     monkeypatch.setattr(mmprompt, "run", fake)
-    args = mmprompt.build_parser().parse_args(["--table", "1", "--out", str(tmp_path), "--device", "cpu", "--rows", "CI mmprompt", "CI l2p",
-                                               "QI mmprompt", "QI l2p"])
-    mmprompt.table(args)
+    command = ["--table", "1", "--out", str(tmp_path), "--device", "cpu", "--rows", "CI mmprompt", "CI l2p", "QI mmprompt", "QI l2p"]
+    mmprompt.main(command)
     rows = {r["label"]: r for r in json.loads((tmp_path / "table1.json").read_text())["rows"]}
     assert rows["CI l2p"]["against"]["A"]["difference"] == -10 and rows["QI l2p"]["against"]["A"]["difference"] == 5
     assert rows["QI l2p"]["against"]["F_inter"]["difference"] == pytest.approx(0.5) and not rows["CI mmprompt"]["against"]
@@ -1138,14 +1223,14 @@ def test_table_compares_with_the_row_of_its_setting(tmp_path, monkeypatch):
     folder = next((tmp_path / "runs").glob("l2p-seed0-*"))
     (folder / "results.json").write_text("{")
     scores["CI", "l2p"] = scores["QI", "l2p"] = 31.0
-    mmprompt.table(args)
+    mmprompt.main(command)
     again = {r["label"]: r["runs"][0]["metrics"]["A"] for r in json.loads((tmp_path / "table1.json").read_text())["rows"] if r["runs"]}
     assert sorted((again["CI l2p"], again["QI l2p"])) in ([30, 31], [15, 31])
 
 
 def test_a_run_never_deletes_another_one(tmp_path, capsys):
-    A, files = np.full((1, 1), 1.0), lambda folder: {p.name for p in folder.iterdir()}
-    finish = lambda lr: metrics.Run(tmp_path / "r", {"lr": lr}).finish(A, ["x"], {"A": lr})
+    files = lambda folder: {p.name for p in folder.iterdir()}
+    finish = lambda lr: metrics.Run(tmp_path / "r", {"lr": lr}, ["x"]).finish({"A": lr})
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").write_text("not a run's")
     finish(0.1)
@@ -1156,27 +1241,28 @@ def test_a_run_never_deletes_another_one(tmp_path, capsys):
     assert "held another run, now in" in capsys.readouterr().err
     run = metrics.Run(tmp_path / "s", {"lr": 0.1})
     run.log(epoch=1)
-    run.checkpoint(t=1)
+    run.stage = 1
+    run.checkpoint()
     metrics.Run(tmp_path / "s", {"lr": 0.1})                         # --resume was forgotten
     assert files(tmp_path / "s" / "before.1") == {"checkpoint.pt", "log.jsonl"} and "--resume" in capsys.readouterr().err
-    assert metrics.Run(tmp_path / "s" / "before.1", {"lr": 0.1}, resume=True).state["t"] == 1
+    assert metrics.Run(tmp_path / "s" / "before.1", {"lr": 0.1}, resume=True).stage == 1
 
 
 def test_checkpoint_of_other_arguments_is_refused(tmp_path, monkeypatch):
     args = short(monkeypatch, setting="CI")
-    mmprompt.run(args, 0, tmp_path)
+    mmprompt.run(args, tmp_path)
     args.resume, args.alpha = True, 0.5
     with pytest.raises(InputError, match=r"other arguments: alpha \(--alpha was 1.0, now 0.5\)"):
-        mmprompt.run(args, 0, tmp_path)
+        mmprompt.run(args, tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(InputError, match="not a readable checkpoint"):
-        mmprompt.run(args, 0, tmp_path)
+        mmprompt.run(args, tmp_path)
 
 
 def test_a_run_aborts_on_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     args = short(monkeypatch, setting="CI", lr=float("nan"))
-    with pytest.raises(InputError, match="task 1/8 .* step 1, lr nan"):
-        mmprompt.run(args, 0, tmp_path)
+    with pytest.raises(InputError, match="task 1/8 .* step 2, lr nan"):
+        mmprompt.run(args, tmp_path)
 
 
 def test_any_t5_and_clip_by_path_on_real_pictures(tmp_path, monkeypatch):
@@ -1193,12 +1279,12 @@ def test_any_t5_and_clip_by_path_on_real_pictures(tmp_path, monkeypatch):
     args = arguments("mmprompt", data=str(tmp_path / "mine.jsonl"), backbone=str(tmp_path / "t5"), vision=str(tmp_path / "clip"), setting="QI",
                      train_vision=None)
     monkeypatch.setenv("MMPROMPTS_CACHE", str(tmp_path / "cache"))
-    result = mmprompt.run(args, 0, tmp_path / "run")
+    result = mmprompt.run(args, tmp_path / "run")
     kept = list((tmp_path / "cache").glob("grid-6-*.npy"))
     assert len(kept) == 60 and np.load(kept[0]).shape == (36, 16) and len(result["matrix"]) == 2
-    mmprompt.run(args, 0, tmp_path / "run2")
+    mmprompt.run(args, tmp_path / "run2")
     with pytest.raises(InputError, match="--vision .*nowhere"):
-        mmprompt.run(Namespace(**{**vars(args), "vision": str(tmp_path / "nowhere")}), 0, tmp_path / "run3")
+        mmprompt.run(Namespace(**{**vars(args), "vision": str(tmp_path / "nowhere")}), tmp_path / "run3")
 
 
 def test_grid_cells_are_means_of_patches_in_reading_order(tmp_path, monkeypatch):
@@ -1210,7 +1296,7 @@ def test_grid_cells_are_means_of_patches_in_reading_order(tmp_path, monkeypatch)
         def forward(self, pixel_values):
             index = torch.arange(144.0).view(1, 144, 1)
             return Namespace(last_hidden_state=torch.cat([torch.full((1, 1, 1), 1e6), index], 1))     # a class token first
-    monkeypatch.setattr(mmprompt, "from_pretrained", lambda cls, *_, **__: Eyes() if "Model" in cls.__name__ else
+    monkeypatch.setattr(metrics, "from_pretrained", lambda cls, *_, **__: Eyes() if "Model" in cls.__name__ else
                         (lambda images, return_tensors: {"pixel_values": torch.zeros(1, 3, 4, 4)}))
     features, boxes = mmprompt.grid_features("eyes", tmp_path, "cpu")("images/0.png")
     assert features[0].item() == np.mean([0, 1, 12, 13]) and features[7].item() == np.mean([26, 27, 38, 39])
@@ -1221,7 +1307,7 @@ def test_grid_cells_are_means_of_patches_in_reading_order(tmp_path, monkeypatch)
 
 
 def test_smoke_of_the_script_and_one_line_mistakes(tmp_path):
-    _, out, _ = script("mmprompt.py", "--smoke", "--setting", "QI", "--out", tmp_path / "run", "--seeds", 0, 1)
+    _, out, _ = script("mmprompt.py", "--smoke", "--setting", "QI", "--out", tmp_path / "run", "--seeds", 0, 1, "--backbone-seed", 0)
     last = out.strip().splitlines()[-1]
     assert re.match(r"mmprompt QI: A [\d.]+ ± [\d.]+ \| F_inter -?[\d.]+ ± [\d.]+ \| .* seeds 0 1 \| [\d.]+ min \| peak \d+ MiB", last), last
     assert (tmp_path / "run/seed1/results.json").exists() and "std" in json.loads((tmp_path / "run/results.json").read_text())["metrics"]["A"]
@@ -1242,13 +1328,15 @@ def test_mistakes_cost_one_line(tmp_path):
 
 
 def test_every_flag_is_read():
-    """Each argparse name occurs in the script outside the parser that defines it."""
-    for name, module in (("mmprompt.py", mmprompt),):
-        source = (HERE / name).read_text()
-        body = source[:source.index("def build_parser")] + source[source.index("\ndef main"):]
-        for action in module.build_parser()._actions:
-            if action.dest != "help":
-                assert re.search(rf"args\.{action.dest}\b|\"{action.dest}\"", body), (name, action.dest)
+    """Each argument occurs in the script outside the parser that defines it, or is one that metrics.py reads for all scripts."""
+    source = (HERE / "mmprompt.py").read_text()
+    body = source[:source.index("\ndef parse_args")] + source[source.index("\ndef main"):]
+    own = re.findall(r'add_argument\("--([\w-]+)"', source)
+    assert 0 < len(own) <= 30
+    arguments_of_a_class = {k for kind in mmprompt.METHODS.values() for k in inspect.signature(kind).parameters}
+    for name in {*vars(mmprompt.parse_args([]))} - arguments_of_a_class:                         # build_method hands those on
+        everywhere = body if name.replace("_", "-") in own else source + (HERE / "metrics.py").read_text()
+        assert re.search(rf"args\.{name}\b|\"{name}\"", everywhere), name
 
 
 def test_importing_has_no_side_effect_and_only_the_five_packages():
