@@ -22,13 +22,11 @@ Call path main                          reads the flags, one run a seed
                     VQABackbone.inject  torch.cat([h, prompts]): HERE THE PROMPTS ENTER, for their block
                   VQABackbone.loss      the frozen decoder reads the encoder's output: L_CE
 """
-import argparse
 import dataclasses
 import functools
 import hashlib
 import inspect
 import random
-import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -335,8 +333,9 @@ class MMPrompt(nn.Module):
 
 def total_loss(ce, losses, weights):
     """What training minimises: the answer's cross-entropy and the weighted losses of the prompts, all ().
-    L = L_CE + L_qk + alpha L_inter + beta L_intra.  A loss without a weight counts once.
-    Eq. 11"""
+
+    losses {name: ()}, weights {name: float}; a loss without a weight counts once."""
+    # L = L_CE + L_qk + alpha L_inter + beta L_intra                                                    Eq. 11
     return ce + sum(weights.get(name, 1.0) * value for name, value in losses.items())
 
 
@@ -1213,21 +1212,13 @@ def mini_tokenizer(texts=()):
 
 
 def pretrain(args):
-    """--pretrain: make the small backbone of --backbone-seed anew, write it, and measure what it is worth."""
-    start, seed = time.time(), args.backbone_seed
+    """--pretrain: makes the small backbone of --backbone-seed anew, and measures the bounds on it."""
+    args, start = settle(metrics.with_seed(args)), time.time()
+    metrics.prepare(args, True)
+    seed = args.backbone_seed
     tensors = train_small(seed, STEPS, SCENES, args.device, args.quiet)
-    about = {"world": data.MINI_VQA_VERSION, "command": f"python mmprompt.py --pretrain --backbone-seed {seed}"}
-    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about)
-    bounds = {}
-    for method in ("none", "joint"):                            # the bounds, with the file as it will be read
-        one = parse_args(["--method", method, "--backbone-seed", str(seed), "--device", args.device, "--quiet"])
-        one.seed = seed
-        with tempfile.TemporaryDirectory() as folder:
-            values = run(settle(one), Path(folder))["metrics"]
-        bounds[method] = {k: values[k] for k in ("A", "A_by_type", "A_q_only", "A_v_only") if k in values}
-    minutes = (time.time() - start) / 60
-    metrics.keep_small_backbone("mini-vqa", seed, small_config(seed), tensors, **about, minutes=minutes, bounds=bounds)
-    print(f"backbones/mini-vqa-{seed}.safetensors: {bounds}, {minutes:.1f} min")
+    metrics.keep_with_bounds("mini-vqa", small_config(seed), tensors, start, f"mini-VQA {data.MINI_VQA_VERSION}",
+                             "python mmprompt.py", args, settle, run, ("A", "A_by_type"))
 
 
 def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
