@@ -2903,34 +2903,135 @@ def test_modal_prompts_enter_where_the_call_path_says(modal_tiny, monkeypatch):
     assert callers == ["_write_prefix", "_write_prefix"]                 # once while learning, once while answering
 
 
-# ============================================================================================================== README.md
+# ===================================================================================================== README.md and docs
+GUIDES = ("docs/mmprompt.md", "docs/modalprompt.md", "docs/missing_prompt.md")
 
 
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+def python_blocks(page):
+    """[(marker of the line before or "", code)] of a page's python blocks."""
+    return re.findall(r"(?:<!-- ([\w./]+) -->\n)?```python\n(.*?)```", (HERE / page).read_text(), re.S)
 
 
-@pytest.mark.parametrize("number", range(len(readme_blocks())))
-def test_readme_snippets_run_and_have_the_shapes_they_say(number, tmp_path, monkeypatch):
-    """Each python block runs; a line `x.shape   # (2, 3)` must say the truth.  Blocks that need a pre-trained backbone are compiled."""
-    block = readme_blocks()[number]
+SNIPPETS = [(page, i) for page in ("README.md", *GUIDES) for i, (marker, _) in enumerate(python_blocks(page)) if not marker]
+
+
+@pytest.mark.parametrize("page, number", SNIPPETS)
+def test_snippets_run_and_have_the_shapes_they_say(page, number, tmp_path, monkeypatch):
+    """Each python block that is no excerpt runs; a line `x.shape   # (2, 3)` must say the truth."""
+    block = python_blocks(page)[number][1]
     monkeypatch.chdir(tmp_path)
-    if re.search(r"\b(load|pretrain|load_file)\(", block):
-        compile(block, "README.md", "exec")
-        return
-    space = {}
-    exec(compile(block, "README.md", "exec"), space)
-    for line in block.splitlines():
-        said = re.match(r"(\S.*\.shape)\s+# (\([\d, ]*\))", line)
-        if said:
-            assert tuple(eval(said[1], space)) == eval(said[2]), line
+    space, said = {}, 0
+    for statement in ast.parse(block).body:
+        exec(compile(ast.Module([statement], []), page, "exec"), space)
+        line = block.splitlines()[statement.lineno - 1]
+        if truth := re.match(r"(\S.*\.shape)\s+# (\([\d, ]*\))", line):
+            assert tuple(eval(truth[1], space)) == eval(truth[2]), line
+            said += 1
+    assert said == len(re.findall(r"^\S.*\.shape\s+# \(", block, re.M))
 
 
-def test_readme_equation_map_points_at_the_equations():
-    rows = re.findall(r"^\| (Eq\. [\d, -]+)[^|]*\| \[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text(), re.M)
-    for equation, name, file, line in rows:
-        text = (HERE / file).read_text().splitlines()[int(line) - 1]
-        assert name.split(".")[-1] in text or re.search(rf"{re.escape(equation.strip())}\b", text), (equation, name, file, line, text)
-    for script, count in (("mmprompt.py", 13), ("modalprompt.py", 9), ("missing_prompt.py", 8)):
-        named = {int(n) for equation, _, file, _ in rows if file in (script, "metrics.py") for n in re.findall(r"\d+", equation)}
-        assert named >= set(range(1, count + 1)), script
+@pytest.mark.parametrize("page", GUIDES)
+def test_excerpts_of_the_guides_are_the_source(page):
+    """Each excerpt stands in the script as it is, but for its indentation."""
+    plain = lambda text: "\n".join(line.strip() for line in text.strip().splitlines())
+    excerpts = [(marker, code) for marker, code in python_blocks(page) if marker]
+    assert len(excerpts) >= 8
+    for marker, code in excerpts:
+        assert plain(code) in plain((HERE / marker).read_text()), (page, code)
+
+
+@pytest.mark.parametrize("page, script, count", zip(GUIDES, ("mmprompt.py", "modalprompt.py", "missing_prompt.py"), (13, 9, 8)))
+def test_every_equation_is_in_the_guide_and_in_the_code(page, script, count):
+    """One search for "Eq. n" finds each equation: its formula in the guide, its line in the paper's section (12 and 13: metrics.py)."""
+    def numbers(text):
+        found = set()
+        for first, last in re.findall(r"Eq\. (\d+)(?:(?:-| and | to )(\d+))?", text):
+            found |= set(range(int(first), int(last or first) + 1))
+        return found
+    guide, source = (HERE / page).read_text(), paper_section(script) + (HERE / "metrics.py").read_text()
+    assert numbers("\n".join(re.findall(r"^### (.*)$", guide, re.M))) >= set(range(1, count + 1))
+    assert guide.count("$$") >= 2 * (count - 2)
+    lines = [line for line in source.splitlines() if re.search(r"Eq\. \d", line)]
+    for n in range(1, count + 1):
+        assert any(re.search(rf"# .*=.*Eq\. {n}\b|# .*[Aa]cc.*Eq\. {n}\b|# .*Eq\. [\d, ]*\b{n}\b", line) for line in lines), (script, n)
+
+
+def metric_values(row, name):
+    """The values of a metric in a row of a table's JSON, in its present layout or the older one."""
+    if row["runs"] and isinstance(row["runs"][0], dict):
+        return [r["metrics"][name] for r in row["runs"] if r["metrics"].get(name) is not None]
+    return row[name]["values"] if row.get(name) else []
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_table_figures_of_the_guides_come_from_results(page):
+    """A table marked with its JSON shows the mean and standard deviation of the runs in it, rounded."""
+    tables = re.findall(r"<!-- (results/[\w./]+\.json): ([\w ]+) -->\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", (HERE / page).read_text())
+    assert len(tables) >= 3
+    for path, names, body in tables:
+        rows = {row["label"]: row for row in json.loads((HERE / path).read_text())["rows"]}
+        for line in body.strip().splitlines():
+            label, seeds, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            assert int(seeds) == len(rows[label]["runs"]), (path, label)
+            for name, cell in zip(names.split(), cells):
+                x = metric_values(rows[label], name)
+                mean, std = metrics.mean_std(x) if x else (0, 0)
+                assert cell == ("-" if not x else f"{mean:.1f} ± {std:.1f}" if len(x) > 1 else f"{mean:.1f}"), (path, label, name)
+
+
+# Each figure of README's verdicts: (as it stands there, table, row, metric).
+VERDICTS = [("A 47.2", "mmprompt/table1", "CI mmprompt", "A"), ("CODA-Prompt 50.1", "mmprompt/table1", "CI coda", "A"),
+            ("L2P 44.9", "mmprompt/table1", "CI l2p", "A"), ("DualPrompt 32.6", "mmprompt/table1", "CI dualprompt", "A"),
+            ("(56.8,", "mmprompt/table1", "CI finetune", "A"), ("84.1)", "mmprompt/table1", "CI joint", "A"),
+            ("isolated 27.5", "mmprompt/table2", "isolated prompts", "A"), ("with query 27.8", "mmprompt/table2", "CQ", "A"),
+            ("with both 22.0", "mmprompt/table2", "CQ + CR", "A"), ("(51.1,", "mmprompt/table1", "DI finetune", "A"),
+            ("F_inter 10.8", "mmprompt/table2", "isolated prompts", "F_inter"), ("to 6.1 in DI", "mmprompt/table2", "CQ", "F_inter"),
+            ("| 59.2; MoELoRA 66.2", "modalprompt/table2", "modalprompt", "Last"), ("MoELoRA 66.2", "modalprompt/table2", "moelora", "Last"),
+            ("CODA-Prompt 55.1", "modalprompt/table2", "coda", "Last"), ("DualPrompt 53.6", "modalprompt/table2", "dualprompt", "Last"),
+            ("L2P 39.2", "modalprompt/table2", "l2p", "Last"), ("(69.2,", "modalprompt/table2", "finetune", "Last"),
+            ("94.3)", "modalprompt/table2", "multi-task", "Last"), ("83.7, B 0.6", "modalprompt/tablek", "k 1", "Last"),
+            ("picture 51.0", "modalprompt/table3", "image", "Last"), ("text 51.0", "modalprompt/table3", "text", "Last"),
+            ("AA 72.7, FM 4.5", "missing_prompt/table2", "ours", "AA"), ("MPLMM 76.8", "missing_prompt/table2", "MPLMM", "AA"),
+            ("EWC 76.5", "missing_prompt/table2", "EWC", "AA"), ("S-Prompts 74.5", "missing_prompt/table2", "S-Prompts", "AA"),
+            ("(72.3,", "missing_prompt/table2", "lower bound", "AA"), ("81.3)", "missing_prompt/table2", "upper bound", "AA"),
+            ("AA 72.0 to", "missing_prompt/table4", "without L_con", "AA"), ("to 72.7", "missing_prompt/table4", "default", "AA"),
+            ("| 70.1;", "missing_prompt/mosi_clean752_cnn_table2", "ours", "AA"), ("MPLMM 69.5", "missing_prompt/mosi_clean752_cnn_table2", "MPLMM", "AA"),
+            ("DualPrompt 69.5", "missing_prompt/mosi_clean752_cnn_table2", "DualPrompt", "AA"),
+            ("(68.1,", "missing_prompt/mosi_clean752_cnn_table2", "lower bound", "AA"), ("68.9)", "missing_prompt/mosi_clean752_cnn_table2", "upper bound", "AA")]
+
+
+def test_figures_of_the_verdicts_come_from_results():
+    text = (HERE / "README.md").read_text()
+    for said, table, label, name in VERDICTS:
+        assert said in text, said
+        row = next(r for r in json.loads((HERE / "results" / f"{table}.json").read_text())["rows"] if r["label"] == label)
+        assert re.search(r"\d+\.\d", said)[0] == f"{np.mean(metric_values(row, name)):.1f}", (said, label)
+    table = text[text.index("| claim of the paper"):].split("\n\n")[0]
+    figures = set(re.findall(r"\d+\.\d+", table))
+    covered = {x for said, *_ in VERDICTS for x in re.findall(r"\d+\.\d+", said)} | {"1.012"}   # table 6, a ratio of times
+    assert figures <= covered, figures - covered
+
+
+def test_readme_is_one_page_and_its_links_lead_somewhere():
+    text = (HERE / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    for page in ("README.md", *GUIDES, "backbones/README.md"):
+        here = (HERE / page).parent
+        for target in re.findall(r"\]\(([^)#\s]+)", (HERE / page).read_text()):
+            assert target.startswith("http") or (here / target).exists(), (page, target)
+    assert text.count("![") >= 3
+
+
+@pytest.mark.parametrize("world, load", [("mini-vqa", lambda s: mmprompt.small_config(s)), ("mini-coin", lambda s: modal.small_config(s)),
+                                         ("mini-affect", lambda s: mp.affect_config(Namespace(**mp.SHIPPED, backbone_seed=s)))])
+def test_shipped_backbones_match_the_code_and_hold_their_bounds(world, load):
+    from safetensors import safe_open
+    for seed in range(metrics.SHIPPED):
+        assert metrics.small_backbone(world, seed, load(seed))       # refused where the configuration differs
+        with safe_open(metrics.BACKBONES / f"{world}-{seed}.safetensors", "pt") as f:
+            about = f.metadata()
+        bounds = json.loads(about["bounds"])
+        score = {"mini-vqa": "A", "mini-coin": "Last", "mini-affect": "full"}[world]
+        assert bounds["joint"][score] >= {"mini-vqa": 85, "mini-coin": 90, "mini-affect": 85}[world], (world, seed)
+        assert about["world"] and about["command"] and float(about["minutes"]) > 0
+    assert sum(p.stat().st_size for p in metrics.BACKBONES.glob("*.safetensors")) <= 20e6
