@@ -677,17 +677,18 @@ def region_files(folder):
     Raises InputError for a picture that is not there, and for arrays that are misshapen or not finite.
     """
     folder = Path(folder)
-    h5, widths = _open_h5(folder) if folder.suffix in (".h5", ".hdf5") else None, set()
+    h5, width = _open_h5(folder) if folder.suffix in (".h5", ".hdf5") else None, None
 
     def load(image):
+        nonlocal width
         name = Path(str(image)).stem
         where, features, boxes = _from_h5(h5, folder, name) if h5 is not None else _from_numpy(folder, name)
-        widths.add(features.shape[-1])
-        if features.ndim != 2 or boxes.shape != (len(features), 4) or len(widths) > 1:
-            raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; expected (n,f) and (n,4), with "
-                             "the same f for every picture")
+        if features.ndim != 2 or boxes.shape != (len(features), 4) or width not in (None, features.shape[1]):
+            raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; "
+                             f"expected (n,{width or 'f'}) and (n,4)")
         if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
             raise InputError(f"{where} holds NaN or infinite numbers; extract its features again")
+        width = features.shape[1]
         return np.asarray(features, np.float32), np.asarray(boxes, np.float32)
     return load
 
