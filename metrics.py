@@ -487,21 +487,22 @@ def keep_small_backbone(name, seed, config, tensors, **about):
         f.write(save(half, metadata=about))
 
 
-def keep_with_bounds(name, config, tensors, start, world, command, args, settle, run, scores):
+def keep_with_bounds(name, seed, config, tensors, start, world, script, scores):
     """Write a small backbone, measure what it reaches frozen and with joint training, and write that into its metadata.
 
-    start: when its training began.  settle, run: of the script.  scores: the metrics that are kept, ("A", ...).
+    start: when its training began.  script: the module that uses it.  scores: the metrics that are kept, ("A", ...).
     """
-    seed, minutes, bounds = args.backbone_seed, (time.time() - start) / 60, {}
-    about = {"world": world, "command": f"{command} --pretrain --backbone-seed {seed}", "minutes": round(minutes, 1)}
+    minutes, bounds = (time.time() - start) / 60, {}
+    command = f"python {Path(script.__file__).name} --pretrain --backbone-seed {seed}"
+    about = {"world": world, "command": command, "minutes": round(minutes, 1)}
     keep_small_backbone(name, seed, config, tensors, **about)
     with tempfile.TemporaryDirectory() as folder:
         for method in ("none", "joint"):
-            flags = {"method": method, "seed": seed % SHIPPED, "lr": None, "epochs": None, "batch": None, "quiet": True}
-            done = run(settle(argparse.Namespace(**{**vars(args), **flags})), Path(folder) / method)
+            flags = ["--method", method, "--seeds", str(seed), "--backbone-seed", str(seed), "--quiet"]
+            done = script.run(script.settle(with_seed(script.parse_args(flags))), Path(folder) / method)
             bounds[method] = {k: round(done["metrics"][k], 2) for k in scores if k in done["metrics"]}
     keep_small_backbone(name, seed, config, tensors, bounds=bounds, **about)
-    print(f"{BACKBONES / name}-{seed}.safetensors: {minutes:.1f} min, {bounds}")
+    print(f"{name}-{seed}: {minutes:.1f} min, {bounds}")
 
 
 def fit(text, loss_of, optimizer, schedule, steps, grad_clip=math.inf, quiet=False):

@@ -30,6 +30,7 @@ Call path, from the command line to the line where the prompts enter the backbon
 import contextlib
 import copy
 import math
+import sys
 import time
 from typing import NamedTuple
 
@@ -1308,12 +1309,12 @@ def pretrain(args):
     """Makes backbones/mini-affect-<seed>.safetensors anew."""
     if not is_shipped(args):
         raise InputError("--pretrain makes the shipped backbone: leave --data and its own flags at their defaults")
-    metrics.prepare(args, True)
+    torch.set_num_threads(1)
     start, stream = time.time(), data.affect_stream("mini", PATTERNS, seed=args.seed)
     torch.manual_seed(args.backbone_seed)
     net = teach_backbone(args, stream, make_backbone(args, stream))
-    metrics.keep_with_bounds("mini-affect", affect_config(args), net.state_dict(), start, stream.extra["version"],
-                             "python missing_prompt.py", args, settle, run, ("AA", "full"))
+    metrics.keep_with_bounds("mini-affect", args.backbone_seed, affect_config(args), net.state_dict(), start, stream.extra["version"],
+                             sys.modules[__name__], ("AA", "full"))
 
 
 if __name__ == "__main__":

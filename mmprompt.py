@@ -27,6 +27,7 @@ import functools
 import hashlib
 import inspect
 import random
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -1214,11 +1215,11 @@ def mini_tokenizer(texts=()):
 def pretrain(args):
     """--pretrain: makes the small backbone of --backbone-seed anew, and measures the bounds on it."""
     args, start = settle(metrics.with_seed(args)), time.time()
-    metrics.prepare(args, True)
+    torch.set_num_threads(1)
     seed = args.backbone_seed
     tensors = train_small(seed, STEPS, SCENES, args.device, args.quiet)
-    metrics.keep_with_bounds("mini-vqa", small_config(seed), tensors, start, f"mini-VQA {data.MINI_VQA_VERSION}",
-                             "python mmprompt.py", args, settle, run, ("A", "A_by_type"))
+    metrics.keep_with_bounds("mini-vqa", seed, small_config(seed), tensors, start, f"mini-VQA {data.MINI_VQA_VERSION}",
+                             sys.modules[__name__], ("A", "A_by_type"))
 
 
 def train_small(seed, steps, scenes_n, device="cpu", quiet=False):

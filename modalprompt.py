@@ -1307,13 +1307,13 @@ def small_models(seed):
 def pretrain(args):
     """Makes the small backbone of --backbone-seed anew, measures the bounds on it, keeps both."""
     args, start = settle(metrics.with_seed(args)), time.time()
-    metrics.prepare(args, True)
+    torch.set_num_threads(1)
     config = small_config(args.backbone_seed)
     model, clip = pretrained(config, args.quiet)
     tensors = {**{f"llava.{k}": v for k, v in model.state_dict().items()},
                **{f"clip.{k}": v for k, v in clip.state_dict().items()}}
-    metrics.keep_with_bounds("mini-coin", config, tensors, start, f"mini-CoIN {MINI_COIN}", "python modalprompt.py", args,
-                             settle, run, ("Last",))
+    metrics.keep_with_bounds("mini-coin", args.backbone_seed, config, tensors, start, f"mini-CoIN {MINI_COIN}",
+                             sys.modules[__name__], ("Last",))
 
 
 def pretrained(config, quiet=False):
