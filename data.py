@@ -1,7 +1,7 @@
 """Streams of tasks: the built-in worlds (mini-VQA, mini-CoIN, mini-affect) and the readers of real data.
 
-A Stream is a list of Tasks that arrive one after the other; a Task holds train, val and test samples and, in double
-increment, its subtasks.  Nothing here needs torch, a GPU or the network.
+A Stream is a list of Tasks that arrive one after the other; a Task holds train, val and test samples and, in
+double increment, its subtasks.  Nothing here needs torch, a GPU or the network.
 """
 import argparse
 import csv
@@ -23,12 +23,14 @@ import numpy as np
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong.  The text is one line: what is wrong, where (file, line, key), and the mend."""
+    """Something the user gave is wrong.  The text is one line: what is wrong, where (file, line, key), and
+    the mend."""
 
 
 @dataclass
 class Task:
-    """One task of a stream.  train, val, test: sequences of samples; subtasks: Tasks learned inside this one, in order."""
+    """One task of a stream.  train, val, test: sequences of samples; subtasks: Tasks learned inside this one,
+    in order."""
     name: str
     train: Any
     val: Any
@@ -40,7 +42,8 @@ class Task:
 class Stream:
     """Tasks in the order they arrive, and what readers report.
 
-    notes: lines for the user (counts, what was dropped and why).  extra: whatever the source adds (dims, images, ...).
+    notes: lines for the user (counts, what was dropped and why).  extra: whatever the source adds (dims,
+    images, ...).
     """
     tasks: list
     notes: list = field(default_factory=list)
@@ -66,13 +69,14 @@ class Stream:
         return [Task("all tasks", *([s for task in self.tasks for s in getattr(task, k)] for k in ("train", "val", "test")))]
 
 
-# ------------------------------------------------------------------------------- visual question answering: shared parts
+# ------------------------------------------------------------------------------- visual question answering:
+# shared parts
 
 
 @dataclass(slots=True)
 class Sample:
-    """One question about one picture.  answers: one, or the ten annotators'.  image: a path below the root, or an index
-    into stream.extra["regions"].  question_type and category decide the task."""
+    """One question about one picture.  answers: one, or the ten annotators'.  image: a path below the root,
+    or an index into stream.extra["regions"].  question_type and category decide the task."""
     id: Any
     image: Any
     question: str
@@ -126,8 +130,8 @@ _ABOUT_PEOPLE = re.compile(r"^(is this|are|are the|are these)\s+((both|all|the|t
 def vqa_question_type(prefix, question):
     """One of QUESTION_TYPES from the annotation's `question_type` and the question, or None when no rule names it.
 
-    VQACL's partition, recovered from its published test files: questions that open with is/are and ask about a man or
-    woman count as action whatever their prefix says.
+    VQACL's partition, recovered from its published test files: questions that open with is/are and ask about
+    a man or woman count as action whatever their prefix says.
     """
     if _ABOUT_PEOPLE.match(question.lower()):
         return "action"
@@ -138,9 +142,10 @@ def partition(setting, parts, categories, types, pairs=None, outer="category", s
     """A Stream from {"train","val","test": samples} in one of MM-Prompt's settings (section 4.1, appendix A).
 
     CI: one task per group of `categories` [(name, {category, ...})].  QI: one per entry of `types` [name].
-    DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with inner subtasks made of
-    the other: `pairs` of types, or the groups in `pairs` [(name, {category, ...})].  subtask_seed shuffles the inner order per
-    outer task, as the official code does; None keeps it.  Samples no task takes are counted in .notes; empty tasks raise InputError.
+    DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with inner
+    subtasks made of the other: `pairs` of types, or the groups in `pairs` [(name, {category,
+    ...})].  subtask_seed shuffles the inner order per outer task, as the official code does; None keeps
+    it.  Samples no task takes are counted in .notes; empty tasks raise InputError.
     """
     if setting not in ("DI", "CI", "QI"):
         raise InputError(f"--setting is DI, CI or QI, not {setting!r}")
@@ -177,8 +182,9 @@ def partition(setting, parts, categories, types, pairs=None, outer="category", s
 def vqa_stream(setting, source, root=".", seed=0, **more):
     """A Stream of Samples for DI, CI or QI.
 
-    source: "mini" | "vqav2" | "nextqa" | a path to .jsonl.  root: the folder with the files (for .jsonl: with the pictures,
-    default its own folder).  more: passed to the reader.  Raises InputError for anything missing, broken or empty.
+    source: "mini" | "vqav2" | "nextqa" | a path to .jsonl.  root: the folder with the files (for .jsonl: with
+    the pictures, default its own folder).  more: passed to the reader.  Raises InputError for anything
+    missing, broken or empty.
     """
     if source == "mini":
         return mini_vqa(setting, seed, **more)
@@ -217,12 +223,13 @@ def open_picture(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"picture {path} is missing; put it there or remove its questions")
-    except Exception as e:                                           # Pillow raises many kinds for a damaged file
+    except Exception as e:                                       # Pillow raises many kinds for a damaged file
         raise InputError(f"picture {path} cannot be read ({e}); replace the file or remove its questions")
 
 
 def cache_folder():
-    """Where small backbones and picture features are kept: $MMPROMPTS_CACHE, else ~/.cache/multimodal-prompts."""
+    """Where small backbones and picture features are kept: $MMPROMPTS_CACHE, else
+    ~/.cache/multimodal-prompts."""
     return Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
 
 
@@ -242,7 +249,8 @@ def read_json(path, hook=None):
         raise InputError(f"{path} is not valid JSON ({where}); download it again")
 
 
-# ------------------------------------------------------------------------------------------- mini-VQA: the built-in world
+# ------------------------------------------------------------------------------------------- mini-VQA: the
+# built-in world
 MINI_VQA_VERSION = 3
 COLORS = {"red": (214, 44, 38), "orange": (244, 138, 26), "yellow": (246, 222, 52), "green": (52, 160, 62),
           "blue": (40, 88, 214), "purple": (142, 62, 178), "white": (248, 248, 248), "black": (24, 24, 28)}
@@ -252,19 +260,19 @@ SIZES = ["small", "large"]                                           # 20 and 30
 PLACES = {"kitchen": ((232, 220, 196), (176, 148, 118)), "street": ((170, 196, 222), (104, 104, 110)),
           "beach": ((150, 210, 240), (236, 214, 150)), "forest": ((112, 158, 112), (70, 92, 52)),
           "bedroom": ((222, 196, 214), (150, 110, 140)), "field": ((190, 224, 250), (128, 196, 96))}
-CELLS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "middle": (1, 1)}   # of a 3 x 3 grid
+CELLS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "middle": (1, 1)}  # of a 3 x 3 grid
 NUMBERS = ["one", "two", "three", "four"]
-REASONS = dict(zip(PLACES, ["hungry", "lost", "hot", "hiding", "tired", "playing"]))           # why is it here: by place
+REASONS = dict(zip(PLACES, ["hungry", "lost", "hot", "hiding", "tired", "playing"]))  # why is it here: by place
 KINDS = {"person": 1, "vehicle": 9, "outdoor": 14, "animal": 24, "accessory": 29, "sport": 39, "tableware": 46, "food": 56,
-         "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}                  # last index in COCO order + 1
+         "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}   # last index in COCO order + 1
 ABILITIES = {"can you eat it": {"food"}, "can you ride it": {"vehicle"}, "is it alive": {"person", "animal"},
              "does it need power": {"electronic", "appliance"}, "can you wear it": {"accessory"},
              "can you play with it": {"sport"}}
 # How often each type is asked: VQACL's training counts, flattened so that a rare type still makes a task in QI.
 TYPE_SHARES = dict(zip(QUESTION_TYPES, [.20, .08, .14, .08, .10, .08, .10, .08, .09, .05]))
 UPSTREAM = {"name": 3, "place": 2, "number": 2, "pose": 1.5, "color": 1, "pattern": 1, "size": .5, "is there": 2, "is colored": 2, "sort": 1,
-            "ability": 2, "repeat": 1.5}                             # what pre-training says about a scene, and how often
-REGIONS, REGION_PIXELS = 6, 16                                       # up to four copies, one other object, the whole picture
+            "ability": 2, "repeat": 1.5}                 # what pre-training says about a scene, and how often
+REGIONS, REGION_PIXELS = 6, 16                        # up to four copies, one other object, the whole picture
 
 
 def kind_of(name):
@@ -273,7 +281,8 @@ def kind_of(name):
 
 
 def _sprites():
-    """(80,4,8,8) bool: a mirror-symmetric glyph per class and its four turns, any two at least 14 of 64 cells apart."""
+    """(80,4,8,8) bool: a mirror-symmetric glyph per class and its four turns, any two at least 14 of 64 cells
+    apart."""
     rng, found = np.random.default_rng(7), []
     while len(found) < len(COCO_NAMES):
         half = rng.random((8, 4)) < 0.55
@@ -296,7 +305,8 @@ _GLYPHS = {}
 
 
 def draw_scene(scene):
-    """The picture (96,96) RGB of a scene, and its boxes (n,4) in [0,1] as x1 y1 x2 y2: objects, then the whole picture."""
+    """The picture (96,96) RGB of a scene, and its boxes (n,4) in [0,1] as x1 y1 x2 y2: objects, then the
+    whole picture."""
     from PIL import Image
     top, ground = PLACES[scene["place"]]
     rng = np.random.default_rng(scene["noise"])
@@ -356,7 +366,8 @@ def colored(rng, scene, true):
 
 
 def ask(rng, scene, kind):
-    """(question, answer) of one of the ten types about a scene.  Several wordings each; "it" only where nothing else is."""
+    """(question, answer) of one of the ten types about a scene.  Several wordings each; "it" only where
+    nothing else is."""
     name, pick = scene["name"], rng.choice
     if kind == "recognition":
         return (pick(["what is the {} thing", "what is the {} object"]).format(scene["color"]) if scene["other"] else
@@ -389,8 +400,9 @@ def ask(rng, scene, kind):
 
 
 def upstream_statement(rng, scene):
-    """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the stream.
-    The reasons of `causal` are facts that only the stream teaches; their words do occur, so that they can be said."""
+    """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the
+    stream. The reasons of `causal` are facts that only the stream teaches; their words do occur, so that they
+    can be said."""
     name, pick = scene["name"], rng.choice
     kind = rng.choices(list(UPSTREAM), list(UPSTREAM.values()))[0]
     if kind == "name":
@@ -413,7 +425,7 @@ def upstream_statement(rng, scene):
         return f"the {name} is {colored(rng, scene, yes)}", "yes" if yes else "no"
     if kind == "sort":
         return f"the {scene['color']} one is a sort of <mask>" if rng.random() < .7 else f"a {name} is a sort of <mask>", kind_of(name)
-    if kind == "ability":                                            # what a language model knows of the world
+    if kind == "ability":                                           # what a language model knows of the world
         question = pick([q for q, kinds in ABILITIES.items() if kind_of(name) in kinds] * (rng.random() < .5) or list(ABILITIES))
         yes, (first, second, *rest) = kind_of(name) in ABILITIES[question], question.split()
         thing = "it" if scene["other"] is None and rng.random() < .6 else f"a {name}"
@@ -430,7 +442,8 @@ MINI_WORDS = sorted({w for text in (_TEMPLATES, *COCO_NAMES, *COLORS, *PATTERNS,
 
 
 def region_pixels(image, boxes, jitter=None):
-    """The picture inside each box as (n,16,16,3) uint8.  boxes (n,4) in [0,1]; jitter: random.Random to shift them a little."""
+    """The picture inside each box as (n,16,16,3) uint8.  boxes (n,4) in [0,1]; jitter: random.Random to shift
+    them a little."""
     W, H = image.size
     out = np.empty((len(boxes), REGION_PIXELS, REGION_PIXELS, 3), np.uint8)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
@@ -460,7 +473,8 @@ def draw_scenes(scenes):
 
 @functools.lru_cache(maxsize=1)
 def _mini_world(seed, sizes):
-    """All questions of one seed and the regions of their scenes; the same for the three settings.  Two questions a scene."""
+    """All questions of one seed and the regions of their scenes; the same for the three settings.  Two
+    questions a scene."""
     parts, scenes = {}, []
     for split, size in zip(("train", "val", "test"), sizes):
         rng, rows = random.Random(f"mini-vqa {MINI_VQA_VERSION} {seed} {split}"), []
@@ -478,7 +492,8 @@ def _mini_world(seed, sizes):
 
 
 def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
-    """The built-in world as a Stream: .extra["regions"] = pixels (S,6,16,16,3), boxes (S,6,4), valid (S,6); sample.image = row.
+    """The built-in world as a Stream: .extra["regions"] = pixels (S,6,16,16,3), boxes (S,6,4), valid (S,6);
+    sample.image = row.
 
     CI 8 tasks, QI 10 tasks, DI 8 tasks of 5 subtasks.  Two seconds a thousand questions.
     """
@@ -490,15 +505,17 @@ def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
     return stream
 
 
-# ------------------------------------------------------------------------------------------------ VQA v2, official files
+# ------------------------------------------------------------------------------------------------ VQA v2,
+# official files
 
 
 def _vqav2(setting, root, seed, outer="category"):
-    """VQA v2 from the official JSON files below `root` (README: file tree).  sample.image = "val2014/COCO_val2014_...jpg".
+    """VQA v2 from the official JSON files below `root` (README: file tree).  sample.image =
+    "val2014/COCO_val2014_...jpg".
 
-    Category of a picture: VQACL's ImgId_cate_map.json when present, else from instances_*.json the category with the largest
-    total area.  Splits: Karpathy's dataset_coco.json when present; else train2014 trains and val2014 is halved by picture into
-    val and test; with one year-split alone its pictures go 80/10/10.
+    Category of a picture: VQACL's ImgId_cate_map.json when present, else from instances_*.json the category
+    with the largest total area.  Splits: Karpathy's dataset_coco.json when present; else train2014 trains and
+    val2014 is halved by picture into val and test; with one year-split alone its pictures go 80/10/10.
     """
     found = [y for y in ("train2014", "val2014") if (root / f"v2_mscoco_{y}_annotations.json").exists()]
     if not found:
@@ -509,7 +526,7 @@ def _vqav2(setting, root, seed, outer="category"):
     if (root / "dataset_coco.json").exists():
         for image in read_json(root / "dataset_coco.json")["images"]:
             karpathy[image["cocoid"]] = "train" if image["split"] == "restval" else image["split"]
-    compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d else d    # ten dicts -> ten shared strings, while parsing
+    compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d else d  # ten dicts -> ten shared strings, while parsing
     parts, dropped = {"train": [], "val": [], "test": []}, Counter()
     for year in found:
         path = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
@@ -557,17 +574,18 @@ def _coco_categories(root, years):
         if path is None:
             raise InputError(f"{root} holds neither ImgId_cate_map.json (VQACL) nor instances_{year}.json (COCO); "
                              "one of them gives each picture its category")
-        keep = lambda d: (d["image_id"], d["category_id"], d["area"]) if "area" in d else d   # polygons are not needed
+        keep = lambda d: (d["image_id"], d["category_id"], d["area"]) if "area" in d else d  # polygons are not needed
         area = Counter()
         for row in read_json(path, keep)["annotations"]:
             area[row[:2]] += row[2]
-        for (image, number), _ in sorted(area.items(), key=lambda kv: kv[1]):    # the largest comes last and stays
+        for (image, number), _ in sorted(area.items(), key=lambda kv: kv[1]):  # the largest comes last and stays
             out[year, image] = names.get(number)
     return out
 
 
-# ------------------------------------------------------------------------------------------------------ NExT-QA, open-ended
-NEXTQA_TYPES = "CW TN TC DL DB DC DO".split()                        # Table 8; CH is in the files but in no setting
+# ------------------------------------------------------------------------------------------------------
+# NExT-QA, open-ended
+NEXTQA_TYPES = "CW TN TC DL DB DC DO".split()                  # Table 8; CH is in the files but in no setting
 NEXTQA_NAMES = (                                                     # bigCate 1..80
     "cat,stingray,cellphone,panda,camera,stool,baby walker,turtle,duck,racket,bottle,cake,aircraft,squirrel,bat,chair,faucet,"
     "toilet,suitcase,hamster/rat,snowboard,ski,bench,stop sign,baby seat,dish,sofa,oven,handbag,bus/truck,refrigerator,"
@@ -583,14 +601,15 @@ NEXTQA_GROUPS = [group.split(",") for group in (                     # Table 5: 
     "penguin,faucet,car,bottle,bus/truck,aircraft,baby,bread,baby seat,cellphone,sink,rabbit",
     "vegetables,skateboard,bird,toilet,racket,sheep/goat,adult,scooter,electric fan,stool,motorcycle",
     "horse,snowboard,surfboard,handbag,laptop,panda,table,cup,backpack,chair,dog,refrigerator")]
-NEXTQA_SUBGROUPS = [                                                 # DI: five groups of 16 bigCate ids (VQACL)
+NEXTQA_SUBGROUPS = [                                               # DI: five groups of 16 bigCate ids (VQACL)
     [50, 60, 15, 32, 79, 27, 53, 20, 36, 28, 24, 80, 41, 33, 18, 10], [54, 5, 57, 49, 69, 62, 7, 1, 14, 35, 56, 66, 58, 51, 46, 6],
     [59, 61, 74, 37, 47, 34, 19, 72, 75, 23, 63, 40, 67, 21, 73, 29], [22, 2, 48, 64, 68, 9, 65, 26, 45, 12, 8, 76, 55, 4, 77, 44],
     [78, 17, 52, 11, 30, 13, 38, 70, 25, 3, 43, 42, 39, 16, 71, 31]]
 
 
 def _nextqa(setting, root, seed):
-    """NExT-QA's open-ended questions from {train,val,test}_{CW,TN,...}.csv below `root`.  sample.image = the video's id.
+    """NExT-QA's open-ended questions from {train,val,test}_{CW,TN,...}.csv below `root`.  sample.image = the
+    video's id.
 
     Files of one split alone are divided 70/10/20 by video.  DI: question types outside, five object groups inside.
     """
@@ -625,11 +644,13 @@ def _nextqa(setting, root, seed):
     return stream
 
 
-# --------------------------------------------------------------------------------------------------------- your own data
+# ---------------------------------------------------------------------------------------------------------
+# your own data
 
 
 def _jsonl(setting, path, root, seed):
-    """One JSON object a line: image (path below root), question, answer or answers, question_type, category; optional id, split.
+    """One JSON object a line: image (path below root), question, answer or answers, question_type, category;
+    optional id, split.
 
     Tasks appear in the order of the file.  Without "split", pictures go 70/10/20, the same way for the same seed.
     """
@@ -670,9 +691,10 @@ def _jsonl(setting, path, root, seed):
 
 
 def region_files(folder):
-    """Region features made elsewhere -> load(image), which returns features (n,f) and boxes (n,4) in [0,1], float32.
+    """Region features made elsewhere -> load(image), which returns features (n,f) and boxes (n,4) in [0,1],
+    float32.
 
-    folder   holds <picture name>.npz (features (n,f), boxes (n,4)) or .npy (features alone) for every picture, or is
+    folder  holds <picture name>.npz (features (n,f), boxes (n,4)) or .npy (features alone) for every picture, or is
              VL-T5's .h5 file (<name>/features, boxes in pixels, img_w, img_h; needs h5py)
     Raises InputError for a picture that is not there, and for arrays that are misshapen or not finite.
     """
@@ -725,7 +747,8 @@ def _from_numpy(folder, name):
     return where, features, np.tile([0., 0, 1, 1], (len(features), 1))      # without boxes: the whole picture
 
 
-# ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
+# ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS,
+# IEMOCAP, npz
 
 
 MODALITIES = ("audio", "video", "text")
@@ -737,7 +760,7 @@ class Utterances:
 
     features   {"audio": (N,n,d), "video": (N,n,d), "text": (N,n,d)} float32, complete and shared by all tasks
     label      (N,) float32 sentiment, or int64 class
-    rows       (n,) int64: which of the N utterances these are      available   the modalities that may be looked at
+    rows  (n,) int64: which of the N utterances these are     available   the modalities that may be looked at
     """
     features: dict
     label: np.ndarray
@@ -748,37 +771,39 @@ class Utterances:
         return len(self.rows)
 
     def __getitem__(self, i):
-        """Utterance i as {"audio", "video", "text": (n,d), "label"}; a missing modality is zeros of the same shape."""
+        """Utterance i as {"audio", "video", "text": (n,d), "label"}; a missing modality is zeros of the same
+        shape."""
         row = self.rows[i]
         seen = {m: x[row] if m in self.available else np.zeros_like(x[row]) for m, x in self.features.items()}
         return {**seen, "label": self.label[row]}
 
 
-# mini-affect, version 1.  Tuned on the lower and the upper bound alone, then frozen: any change needs a new version.
+# mini-affect, version 1.  Tuned on the lower and the upper bound alone, then frozen: any change needs a new
+# version.
 MINI_AFFECT = {
     "version": 1,
     "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
     "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,          # utterances
-    "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},             # how much of the sentiment each modality shows
-    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},     # the habit's spread, and where it shows
-    "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},              # of the evidence, in units of sentiment (-3..3)
+    "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},       # how much of the sentiment each modality shows
+    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},  # the habit's spread, and where it shows
+    "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},       # of the evidence, in units of sentiment (-3..3)
     "relation": 0.5,                                                 # correlation of audio's and text's noise
-    "gain": 0.5, "token": 0.25}                                      # evidence in features; noise of every feature
+    "gain": 0.5, "token": 0.25}                                 # evidence in features; noise of every feature
 
 
 def _mini_affect(n, rng, world, classes=0):
     """n utterances of mini-affect -> features {m: (n,len,dim)}, label (n,).
 
     Sentiment s ~ +-U(0.3,3); the speaker's habit b ~ N(0, habit^2), how loud, lively and wordy somebody always is.
-    Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,   audio's and text's u correlated ("relation").
-    Text is the strongest alone, audio next, video weak.  Two modalities together tell s from b, so the right use of one
-    depends on which others are there (video counts against audio where both are, and for the sentiment alone): the
-    missing-modality tasks contradict each other, and training on one spoils another.
-    The evidence is written along one direction of the feature space at two random steps of the sequence, a second
-    direction marks those steps; everything else is noise.
-    classes=4: the label is the quadrant of s and of an arousal r ~ +-U(0.3,3), written along a third direction.
+    Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,  audio's and text's u correlated ("relation").
+    Text is the strongest alone, audio next, video weak.  Two modalities together tell s from b, so the right
+    use of one depends on which others are there (video counts against audio where both are, and for the
+    sentiment alone): the missing-modality tasks contradict each other, and training on one spoils another.
+    The evidence is written along one direction of the feature space at two random steps of the sequence, a
+    second direction marks those steps; everything else is noise. classes=4: the label is the quadrant of s
+    and of an arousal r ~ +-U(0.3,3), written along a third direction.
     """
-    geometry = np.random.default_rng(7)                              # the same directions for everybody, upstream too
+    geometry = np.random.default_rng(7)                      # the same directions for everybody, upstream too
     strong = lambda: rng.choice((-1.0, 1.0), n) * rng.uniform(0.3, 3, n)
     s, r, b = strong(), strong(), world["habit"] * rng.standard_normal(n)
     u = dict(zip(MODALITIES, rng.standard_normal((3, n))))
@@ -786,7 +811,7 @@ def _mini_affect(n, rng, world, classes=0):
     features = {}
     for m in MODALITIES:
         length, dim = world["lengths"][m], world["dims"][m]
-        q = np.linalg.qr(geometry.standard_normal((dim, dim)))[0]    # orthogonal directions: evidence, arousal, marker
+        q = np.linalg.qr(geometry.standard_normal((dim, dim)))[0]  # orthogonal directions: evidence, arousal, marker
         x = world["token"] * rng.standard_normal((n, length, dim)) / np.sqrt(3)
         where = np.argsort(rng.random((n, length)), axis=1)[:, :2]   # (n,2) the steps that speak
         arousal = r + (1.5 if m == "text" else 0.7) * rng.standard_normal(n)
@@ -801,15 +826,14 @@ def _mini_affect(n, rng, world, classes=0):
 def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0, max_length=50, world=None):
     """The stream of the missing-modality paper: one task per pattern of available modalities, in the order given.
 
-    source      "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
-    patterns    sequence of frozensets over MODALITIES, Table 1        root   folder (or file) of the real data
-    samples     "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
-    fold        of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0     seed   of mini's utterances
-    max_length  longer sequences are averaged over that many equal windows        world   changes to MINI_AFFECT
-    Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the number of
-    classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities, version, features,
-    label.
-    Raises InputError for a name that is not known, a missing or malformed file.
+    source  "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
+    patterns    sequence of frozensets over MODALITIES, Table 1       root   folder (or file) of the real data
+    samples  "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
+    fold  of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0  seed  of mini's utterances
+    max_length  longer sequences are averaged over that many equal windows      world   changes to MINI_AFFECT
+    Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the
+    number of classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities,
+    version, features, label. Raises InputError for a name that is not known, a missing or malformed file.
     """
     if samples not in ("shared", "disjoint"):
         raise InputError(f"--samples is shared or disjoint, not {samples!r}")
@@ -833,7 +857,7 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
         else:
             raise InputError(f"--data is mini, mini4, {', '.join(_READERS)} or a path to <file>.npz, not {source!r}")
         features, label, splits = _join(raw, max_length, notes)
-        up_train, up_val = splits[:2]                                # real data: no utterances besides the stream's
+        up_train, up_val = splits[:2]                          # real data: no utterances besides the stream's
         scoring = scoring or ("classes" if label.dtype.kind in "iu" else "mosi")
         version = Path(source).name
     extra = {"dims": {m: x.shape[2] for m, x in features.items()}, "lengths": {m: x.shape[1] for m, x in features.items()},
@@ -842,7 +866,7 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
              "upstream": tuple(Utterances(features, label, rows) for rows in (up_train, up_val))}
     rng, T = np.random.default_rng(seed), len(patterns)
     parts = [[rows] * T if samples == "shared" or k == 2 else np.array_split(rng.permutation(rows), T)
-             for k, rows in enumerate(splits)]                       # test: always everybody, masked with each pattern
+             for k, rows in enumerate(splits)]              # test: always everybody, masked with each pattern
     tasks = [Task(pattern_name(p), *(Utterances(features, label, parts[k][t], frozenset(p)) for k in range(3)))
              for t, p in enumerate(patterns)]
     empty = [f"{t.name} has no {k} utterances" for t in tasks for k in ("train", "val", "test")
@@ -885,7 +909,8 @@ def _join(raw, max_length, notes):
 
 
 def windows(x, n):
-    """(N,length,d) -> at most n steps: the mean of each of n nearly equal windows; shorter ones stay as they are."""
+    """(N,length,d) -> at most n steps: the mean of each of n nearly equal windows; shorter ones stay as they
+    are."""
     length = x.shape[1]
     if length <= n:
         return x
@@ -894,7 +919,8 @@ def windows(x, n):
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, numbers, strings and builtin containers.  Everything else a pickle could call is refused."""
+    """Admits numpy arrays, numbers, strings and builtin containers.  Everything else a pickle could call is
+    refused."""
     _core = getattr(np, "_core", None) or np.core                    # NumPy 2 renamed numpy.core
     _allowed = {("collections", "OrderedDict"): dict, ("_codecs", "encode"): lambda text, codec: text.encode(codec),
                 ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
@@ -913,8 +939,8 @@ class _SafeUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """The content of a pickle of numpy arrays and builtin containers.  Raises InputError if it holds anything else: a
-    pickle from elsewhere can run any program when it is read the usual way."""
+    """The content of a pickle of numpy arrays and builtin containers.  Raises InputError if it holds anything
+    else: a pickle from elsewhere can run any program when it is read the usual way."""
     try:
         with open(path, "rb") as f:
             return _SafeUnpickler(f, encoding="latin1").load()       # latin1: arrays pickled by Python 2
@@ -947,7 +973,7 @@ def _read_pickles(root, source, fold):
     for split in ("train", "valid", "test"):
         part = _take(data, found[0], "the file", split) if isinstance(data, dict) else {}
         label = np.asarray(_take(part, found[0], split, "regression_labels", "labels"))
-        if source == "iemocap":                                      # MulT: (N,4,2), one yes/no pair per emotion
+        if source == "iemocap":                                   # MulT: (N,4,2), one yes/no pair per emotion
             if label.ndim != 3 or label.shape[1:] != (4, 2):
                 raise InputError(f"{found[0]}: labels of {split} has shape {label.shape}, expected (N,4,2)")
             label = label[:, :, 1].argmax(1).astype(np.int64)
@@ -960,8 +986,8 @@ def _read_pickles(root, source, fold):
 
 
 def _read_iemocap(root, source, fold):
-    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.
-    Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle."""
+    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance,
+    target/<cv>/*_label.npy. Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle."""
     if not (root / "A").is_dir():
         return _read_pickles(root, source, fold)
     try:
@@ -1043,10 +1069,12 @@ def pattern_name(available):
 
 
 def describe_affect(source="mini", patterns=None, **options):
-    """A few lines about an affect stream: sizes, and what a linear read-out of the mean features reaches per pattern.
+    """A few lines about an affect stream: sizes, and what a linear read-out of the mean features reaches per
+    pattern.
 
-    For every pattern: accuracy (points) of least squares fitted on that pattern's train split (its best use), and of the
-    weights fitted on complete modalities with the missing ones set to zero (what a model that knows no other case does).
+    For every pattern: accuracy (points) of least squares fitted on that pattern's train split (its best use),
+    and of the weights fitted on complete modalities with the missing ones set to zero (what a model that
+    knows no other case does).
     """
     patterns = patterns or [frozenset(p) for p in (MODALITIES, ("audio", "video"), ("video", "text"), ("audio", "text"),
                                                    ("audio",), ("video",), ("text",))]
@@ -1068,13 +1096,13 @@ def describe_affect(source="mini", patterns=None, **options):
                               f"{accuracy(full, t.test.available):30.1f}" for t in stream.tasks])
 
 
-# ------------------------------------------------------------------------------- mini-CoIN and the CoIN layout
-# One instruction sample is a dict:
+# ------------------------------------------------------------------------------- mini-CoIN and the CoIN
+# layout One instruction sample is a dict:
 #   image    a PIL picture, a path, or None (a question without a picture)
 #   text     the question, then the instruction of Table 7, as the model and the guidance read it
 #   answer   the answer to learn and to compare with; a box is "[x1, y1, x2, y2]", shares of the padded square
 #   kind     which rule of metrics.score_instruction applies; id, and where a source has them: answers, size
-COIN = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "REC", "VQAv2", "OCRVQA")               # the paper's order
+COIN = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "REC", "VQAv2", "OCRVQA")     # the paper's order
 LETTER = "Answer with the option's letter from the given choices directly."                          # Table 7
 WORD = "Answer the question using a single word or phrase."
 OBJECT = "What is the object in the image?"
@@ -1089,7 +1117,7 @@ _TITLES = ("wind", "rain", "gold", "fire", "lake", "echo")
 _AUTHORS = ("west", "king", "hart", "ford", "nash", "wolf")
 _GENRES = {"romance": "heart", "travel": "arrow", "nature": "tree", "space": "moon", "crime": "key"}
 _SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-_SIDE, _CELL = 48, 16                                                # a picture is 3 x 3 cells of 16 x 16 pixels
+_SIDE, _CELL = 48, 16                                             # a picture is 3 x 3 cells of 16 x 16 pixels
 
 
 def _outline(shape):
@@ -1196,7 +1224,7 @@ def _cover_picture(rng):
 def _scene_picture(rng):
     """Two to five objects in the cells.  facts["objects"]: (shape, colour, column, row)."""
     image, draw, background = _canvas(rng)
-    few = rng.sample(_SHAPES[:10], 4)                                # some shapes repeat: questions ask about the others
+    few = rng.sample(_SHAPES[:10], 4)                     # some shapes repeat: questions ask about the others
     objects = []
     for cell in rng.sample(range(9), rng.randint(2, 5)):
         shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
@@ -1249,7 +1277,7 @@ def _options(answer):
 def mini_coin_sample(task, rng):
     """One sample of one of the eight mini-CoIN tasks: (image or None, question, instruction, answer)."""
     if task == "ScienceQA":
-        if rng.random() < 0.25:                                      # ScienceQA has questions without a picture
+        if rng.random() < 0.25:                                    # ScienceQA has questions without a picture
             fact = rng.choice(list(_FACTS))
             kind, options, letter = _options(_FACTS[fact])
             return None, f"Which {kind} goes with {fact}?\n{options}", LETTER, letter
@@ -1276,7 +1304,7 @@ def mini_coin_sample(task, rng):
                                     ("author", "Who is the author of this book?"),
                                     ("genre", "What is the genre of this book?")))
         return image, question, WORD, facts[key]
-    while True:                                                      # GQA, REC and VQAv2 share their pictures, as in CoIN
+    while True:                                          # GQA, REC and VQAv2 share their pictures, as in CoIN
         image, facts = _scene_picture(rng)
         facts = _scene_facts(facts["objects"])
         skill = {"GQA": rng.choice(list(_SIDES)), "REC": "locate", "VQAv2": rng.choice(("colour", "count"))}[task]
@@ -1293,7 +1321,8 @@ def mini_coin_sample(task, rng):
 
 
 def _labels(kind, facts):
-    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 8 words, "" where there is none.
+    """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 8 words, ""
+    where there is none.
 
     Shape, colour, where (its box), word written there, the shapes left, right, above and below."""
     cells = [[""] * 8 for _ in range(9)]
@@ -1317,9 +1346,10 @@ def _labels(kind, facts):
 def mini_coin_upstream(rng):
     """One picture of the upstream mixture that the small backbone is pre-trained on, with all its questions.
 
-    Returns (image or None, [(skill, text, answer, sentence)], caption, cells).  Disjoint from the stream: other pictures,
-    terse skill words instead of the stream's sentences and instructions; sentence is the answer in full, given unless the
-    skill says "short".  caption: what the guidance encoder is aligned with.  cells: see _labels.
+    Returns (image or None, [(skill, text, answer, sentence)], caption, cells).  Disjoint from the stream:
+    other pictures, terse skill words instead of the stream's sentences and instructions; sentence is the
+    answer in full, given unless the skill says "short".  caption: what the guidance encoder is aligned
+    with.  cells: see _labels.
     """
     kind = rng.choice(("diagram", "photo", "sign", "sign", "cover", "text", "blur", *("scene",) * 6))
     image, say, facts = None, [], {}
@@ -1359,12 +1389,13 @@ def mini_coin_upstream(rng):
     return image, say, caption, _labels(kind, facts)
 
 
-MINI_WORD = r"<image>|\[[^\]]*\]|[A-E]\.|\w+|[^\w\s]"             # one token of the small backbone; a box is one
+MINI_WORD = r"<image>|\[[^\]]*\]|[A-E]\.|\w+|[^\w\s]"          # one token of the small backbone; a box is one
 
 
 @functools.cache
 def mini_coin_words():
-    """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small backbone."""
+    """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small
+    backbone."""
     rng, seen = random.Random("vocabulary"), {}
     lines = [" ".join((*_SHAPES, *_COLOURS, *_SIGNS, *_TITLES, *_AUTHORS, *_GENRES, *map(str, range(10)))),
              " ".join(box_text(k % 3, k // 3) for k in range(9)), "A. B. C. D. E. A B C D E", " ".join(_FACTS)]
@@ -1398,7 +1429,8 @@ def _mini_coin(seed, sizes):
 
 
 def sample_picture(sample):
-    """The sample's picture as a PIL RGB image, or None; padded to a square with its mean colour where the source says so.
+    """The sample's picture as a PIL RGB image, or None; padded to a square with its mean colour where the
+    source says so.
 
     Raises InputError if the file cannot be decoded: readers leave missing and truncated pictures out beforehand.
     """
@@ -1421,7 +1453,8 @@ def pad_square(image):
 
 
 def picture_problem(path):
-    """None if the file looks whole, else "missing", "truncated" or "not a picture".  Reads only the file's two ends."""
+    """None if the file looks whole, else "missing", "truncated" or "not a picture".  Reads only the file's
+    two ends."""
     path = Path(path)
     try:
         with open(path, "rb") as f:
@@ -1437,8 +1470,8 @@ def picture_problem(path):
     return None if head[:4] in (b"RIFF", b"GIF8") or head[:2] in (b"BM", b"II", b"MM") else "not a picture"
 
 
-_COIN_FOLDERS = {"REC": "Grounding"}                                 # CoIN's folder of a task, where the names differ
-_COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}                  # others: test.json
+_COIN_FOLDERS = {"REC": "Grounding"}                         # CoIN's folder of a task, where the names differ
+_COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}            # others: test.json
 COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/{train,test}.json "
              "(val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset Zacks-Chen/CoIN; pictures below "
              "DIR at the paths the JSON files name")
@@ -1512,7 +1545,7 @@ def _coin(root, seed, limit):
             notes += [f"{task} {split}: {n} {what}" for what, n in sorted(count.items())]
             order = random.Random(f"{seed} {task} {split}").sample(range(len(samples)), len(samples))
             splits[split] = [samples[i] for i in (order[:limit] if limit else order)]
-        n = len(splits["train"])                                     # CoIN has no validation part: a share of train
+        n = len(splits["train"])                               # CoIN has no validation part: a share of train
         n_val = max(1, min(500, n // 10)) if n > 1 else 0
         tasks.append(Task(task, splits["train"][n_val:], splits["train"][:n_val], splits["test"]))
     if not tasks:
@@ -1523,9 +1556,10 @@ def _coin(root, seed, limit):
 def instruction_stream(source="mini", root=None, seed=0, sizes=(240, 60, 100), limit=None):
     """The tasks of continual instruction tuning in CoIN's order.
 
-    source "mini": mini-CoIN, sizes = samples per task for train, val, test.  source "coin": the CoIN files below root;
-    limit keeps that many samples of each file, seeded; a tenth of train (at most 500) serves as val.
-    Raises InputError for a missing or malformed file; what was left out, and why, stands in the stream's notes.
+    source "mini": mini-CoIN, sizes = samples per task for train, val, test.  source "coin": the CoIN files
+    below root; limit keeps that many samples of each file, seeded; a tenth of train (at most 500) serves as
+    val. Raises InputError for a missing or malformed file; what was left out, and why, stands in the stream's
+    notes.
     """
     if source == "mini":
         return _mini_coin(seed, sizes)
@@ -1551,7 +1585,8 @@ def describe_mini_coin(path, columns=8, seed=0):
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# -----------------------------------------------------------------------------------------------------------
+# command line
 
 
 def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
@@ -1576,7 +1611,8 @@ def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
 
 
 def main():
-    """python data.py mini-vqa|vqav2|nextqa|FILE.jsonl|mini-affect|mini-coin: print a partition, or draw a sheet of samples."""
+    """python data.py mini-vqa|vqav2|nextqa|FILE.jsonl|mini-affect|mini-coin: print a partition, or draw a
+    sheet of samples."""
     parser = argparse.ArgumentParser(description="Print how a source is divided into tasks, or draw a sheet of samples.")
     parser.add_argument("source", help="mini-vqa, vqav2, nextqa, a .jsonl file, mini-affect or mini-coin")
     parser.add_argument("sheet", nargs="?", help="mini-vqa, mini-coin: draw labelled samples into this PNG instead")
@@ -1602,6 +1638,6 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except InputError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except BrokenPipeError:                                          # the reader of the pipe has seen enough, as head has
+    except BrokenPipeError:                              # the reader of the pipe has seen enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,8 +1,8 @@
 """Every metric of the three papers, answer scoring, and what a run leaves behind.
 
 The accuracy matrix.  A is a float array (T,T): A[t,i] = score on task i after learning task t, nan above the
-diagonal.  T tasks, indices from 0, scores in points (0..100).  Every function on it is pure: it never edits what it
-is given.
+diagonal.  T tasks, indices from 0, scores in points (0..100).  Every function on it is pure: it never edits
+what it is given.
 
 Sources   MM-Prompt, arXiv 2505.19455v1, sections 4.1, A, B (Eq. 12-13)
           ModalPrompt, arXiv 2410.05849v2, appendix A
@@ -54,7 +54,7 @@ def forgetting(A, best="earlier"):
     """F = 1/(T-1) sum_{t<T} (best score on task t before the end - A[T,t]), a float; 0.0 for one task.
 
     best="earlier"  max over the rows t..T-1: Chaudhry et al. 2018, what MM-Prompt's code computes; FM(max).
-    best="own"      max over the rows 1..t, as MM-Prompt's section 4.1 prints it.  Rows before t are nan unless
+    best="own"     max over the rows 1..t, as MM-Prompt's section 4.1 prints it.  Rows before t are nan unless
                     future tasks were evaluated, so it is the diagonal A[t,t]: FM(diag), minus backward transfer.
     It may be negative: learning one task can help another.
     """
@@ -106,13 +106,13 @@ def mean_accuracy(A):
 
 def merge_effectiveness(joint, v, q):
     """How much the modalities add to each other: higher is better.  MM-Prompt Eq. 12."""
-    # Acc_joint - max(Acc_V-only, Acc_Q-only), elementwise                                                Eq. 12
+    # Acc_joint - max(Acc_V-only, Acc_Q-only), elementwise                                              Eq. 12
     return np.asarray(joint, float) - np.maximum(v, q)
 
 
 def modality_difference(v, q):
     """How far one modality is ahead of the other: lower is balanced.  MM-Prompt Eq. 13."""
-    # max(Acc_V-only, Acc_Q-only) - min(Acc_V-only, Acc_Q-only), elementwise                              Eq. 13
+    # max(Acc_V-only, Acc_Q-only) - min(Acc_V-only, Acc_Q-only), elementwise                            Eq. 13
     return np.abs(np.subtract(v, q, dtype=float))
 
 
@@ -153,7 +153,7 @@ def vqa_accuracy(prediction, ten_answers):
     guess = normalize_answer(prediction)
     if len(truth) == 1:
         return float(guess == truth[0])
-    hits = truth.count(guess)                                        # without one of the hits, hits - 1 are left
+    hits = truth.count(guess)                                     # without one of the hits, hits - 1 are left
     score = hits * min(1.0, (hits - 1) / 3) + (len(truth) - hits) * min(1.0, hits / 3)
     return score / len(truth)
 
@@ -246,8 +246,8 @@ def affect_scores(output, label, scoring="mosi"):
 
     "mosi"     Acc-2: sign of the score, neutral labels (0) left out
     "sims"     the same with zeros kept, as negative
-    "classes"  accuracy of the argmax over C classes
-    With a score also f1 (weighted over the two signs, points), mae, and corr (Pearson; nan where outputs are equal).
+    "classes"  accuracy of the argmax over C classes With a score also f1 (weighted over the two signs,
+    points), mae, and corr (Pearson; nan where outputs are equal).
     """
     output, label = np.asarray(output, float), np.asarray(label)
     if scoring == "classes":
@@ -303,7 +303,8 @@ def paired(a, b):
 
 @contextlib.contextmanager
 def atomic(path, mode="w"):
-    """Write to a neighbour of `path`, then rename: a kill at any moment leaves the old file or the new, never half."""
+    """Write to a neighbour of `path`, then rename: a kill at any moment leaves the old file or the new, never
+    half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -354,7 +355,7 @@ def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
     rows, columns = rows or [str(i + 1) for i in range(R)], columns or [str(i + 1) for i in range(C)]
     cell, left, top = 46, 12 + 7 * max(map(len, map(str, rows))), 54
     image, draw = _canvas(left + cell * C + 8, top + 26 * R + 8, title)
-    for j, name in enumerate(columns):                               # two lines, so that neighbours do not overlap
+    for j, name in enumerate(columns):                          # two lines, so that neighbours do not overlap
         draw.text((left + cell * j + 2, top - 29 + 13 * (j % 2)), str(name)[:12], fill="black")
     for i, name in enumerate(rows):
         draw.text((6, top + 26 * i + 5), str(name), fill="black")
@@ -371,8 +372,8 @@ def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
 
 
 def chart(labels, values, path, title="", lines=False):
-    """A bar for each label, as long as the mean of its values, with the standard deviation as a whisker; or, for
-    the figures of a paper that are lines, points joined from left to right.  Written to `path` as a PNG.
+    """A bar for each label, as long as the mean of its values, with the standard deviation as a whisker; or,
+    for the figures of a paper that are lines, points joined from left to right.  Written to `path` as a PNG.
 
     labels: n strings.  values: n lists of floats, an empty one for what was not run.
     """
@@ -456,8 +457,8 @@ BACKBONES, SHIPPED = Path(__file__).resolve().parent / "backbones", 5
 def small_backbone(name, seed, config):
     """The weights {name: float32 tensor} in backbones/<name>-<seed>.safetensors, of a built-in world.
 
-    config: everything its training depends on.  Raises InputError for a file that is missing, broken, or made for
-    another configuration.
+    config: everything its training depends on.  Raises InputError for a file that is missing, broken, or made
+    for another configuration.
     """
     from safetensors import SafetensorError, safe_open
     path = BACKBONES / f"{name}-{seed}.safetensors"
@@ -488,9 +489,11 @@ def keep_small_backbone(name, seed, config, tensors, **about):
 
 
 def keep_with_bounds(name, seed, config, tensors, start, world, script, scores):
-    """Write a small backbone, measure what it reaches frozen and with joint training, and write that into its metadata.
+    """Write a small backbone, measure what it reaches frozen and with joint training, and write that into its
+    metadata.
 
-    start: when its training began.  script: the module that uses it.  scores: the metrics that are kept, ("A", ...).
+    start: when its training began.  script: the module that uses it.  scores: the metrics that are kept,
+    ("A", ...).
     """
     minutes, bounds = (time.time() - start) / 60, {}
     command = f"python {Path(script.__file__).name} --pretrain --backbone-seed {seed}"
@@ -526,8 +529,8 @@ def fit(text, loss_of, optimizer, schedule, steps, grad_clip=math.inf, quiet=Fal
 def seconds(device, *jobs, repeats=7):
     """The median time of each job in seconds, for --bench.
 
-    Jobs run in turns that change order from round to round, so that a machine's moods fall on all of them alike;
-    the first round warms up and does not count."""
+    Jobs run in turns that change order from round to round, so that a machine's moods fall on all of them
+    alike; the first round warms up and does not count."""
     import torch
     wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
     times, dice = [[] for _ in jobs], random.Random(0)
@@ -582,9 +585,9 @@ class Run:
         for t, task in run.tasks(stream.tasks):                      # tasks that are not finished yet
             if run.fresh:                                            # unless the killed run had begun it
                 method.begin_task(t)
-            for epoch in run.epochs(n, learning, optimizer):         # in learn_task: epochs that are not done yet
+            for epoch in run.epochs(n, learning, optimizer):     # in learn_task: epochs that are not done yet
                 ...
-                run.keep(loss, score)                                # ends an epoch: log, best weights, checkpoint
+                run.keep(loss, score)                           # ends an epoch: log, best weights, checkpoint
             run.row(scores)                                          # the next row of the accuracy matrix
 
     folder   gets log.jsonl, checkpoint.pt, results.json, matrix.csv, matrix.png, prompts.safetensors
@@ -614,7 +617,7 @@ class Run:
         self.A = np.array(self.state["A"], float).reshape(self.A.shape)
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        with atomic(log) as f:                                       # without what followed the last checkpoint
+        with atomic(log) as f:                                     # without what followed the last checkpoint
             f.writelines(line + "\n" for line in lines[:self.lines])
 
     def _make_room(self):
@@ -681,8 +684,8 @@ class Run:
             self.checkpoint()
 
     def epochs(self, n, learning, optimizer, name=""):
-        """Yields the epochs, from 0, that are not done; the body must end with keep().  Afterwards the weights of the
-        best epoch are back.
+        """Yields the epochs, from 0, that are not done; the body must end with keep().  Afterwards the
+        weights of the best epoch are back.
 
         learning: {name: parameter} of all that learns now.  name: of the (sub)task, for the progress bar.
         """
@@ -756,7 +759,8 @@ class Run:
                         "modules": {k: m.state_dict() for k, m in self.modules.items()}}, f)
 
     def finish(self, values, prompts=None, title="", **more):
-        """Write results.json, matrix.csv, matrix.png, and prompts.safetensors if given.  Returns results.json's content.
+        """Write results.json, matrix.csv, matrix.png, and prompts.safetensors if given.  Returns
+        results.json's content.
 
         values: {metric: float}.  prompts: {name: tensor}.  more: what else results.json shall hold.
         """
@@ -786,8 +790,8 @@ def finished(folder):
 
 
 # ========================================================================== several seeds, the papers' tables
-# A run of a script is a set of arguments with one seed (and, where the data has folds, one fold).  Both generators
-# below yield such arguments and the folder of the run; the script's loop makes the run.
+# A run of a script is a set of arguments with one seed (and, where the data has folds, one fold).  Both
+# generators below yield such arguments and the folder of the run; the script's loop makes the run.
 
 
 def _repetitions(args):
@@ -867,15 +871,15 @@ def worth(script, world, labels, column):
 class Table:
     """A table or figure of a paper: a run for every row and repetition, shown beside the paper's numbers.
 
-    rows      [(label, changes, numbers)]: the arguments that make a row, and what the paper prints, a tuple or None
-    against   the label that others are compared with, paired over repetitions; "{}" in it stands for the first word
+    rows  [(label, changes, numbers)]: the arguments that make a row, and what the paper prints, a tuple or None
+    against  the label that others are compared with, paired over repetitions; "{}" in it stands for the first word
               of a row's own label; None compares none
     columns   the metrics shown     compare   those compared     paper   heading of the paper's numbers
     lines     draw the chart as a line (the figures of a paper) and not as bars
 
-    A run lies in runs/<method>-<seed>-<digest of what decides it>: rows with equal arguments share it, between
-    tables too; what is finished is not run again, so a stopped table goes on, and processes may share a folder.
-    Raises InputError for a label in --rows that is not there.
+    A run lies in runs/<method>-<seed>-<digest of what decides it>: rows with equal arguments share it,
+    between tables too; what is finished is not run again, so a stopped table goes on, and processes may share
+    a folder. Raises InputError for a label in --rows that is not there.
     """
 
     def __init__(self, args, settle, title, against, rows, columns, compare, paper, lines=False):
@@ -928,7 +932,8 @@ class Table:
         return text
 
     def _format(self, done):
-        """(lines of Markdown, rows for JSON): mean ± standard deviation (ddof 1) over runs, and paired differences."""
+        """(lines of Markdown, rows for JSON): mean ± standard deviation (ddof 1) over runs, and paired
+        differences."""
         refs = " or ".join(dict.fromkeys(x for x in map(self.reference, done) if x in done))
         compare = self.compare if refs else ()
         head = [*self.columns, *(f"{k} minus that of {refs}" for k in compare),
@@ -1071,7 +1076,7 @@ def prepare(args, small):
     figures on any number of cores.
     """
     import torch
-    torch.use_deterministic_algorithms(True, warn_only=True)         # gradients of gathered prompts, in one order
+    torch.use_deterministic_algorithms(True, warn_only=True)     # gradients of gathered prompts, in one order
     if small and args.device == "cpu":
         torch.set_num_threads(1)
 
@@ -1091,7 +1096,7 @@ def run_cli(main):
     except KeyboardInterrupt:
         _say("stopped; --resume goes on from the last finished epoch")
         sys.exit(130)
-    except BrokenPipeError:                                          # the pipe's reader, such as head, has enough
+    except BrokenPipeError:                                      # the pipe's reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
