@@ -66,11 +66,14 @@ class Stream:
 
     def mixed(self):
         """All tasks as one, for joint training: their samples one after the other, in a list of one Task."""
-        return [Task("all tasks", *([s for task in self.tasks for s in getattr(task, k)] for k in ("train", "val", "test")))]
+        together = lambda split: [s for task in self.tasks for s in getattr(task, split)]
+        return [Task("all tasks", together("train"), together("val"), together("test"))]
 
 
-# ------------------------------------------------------------------------------- visual question answering:
-# shared parts
+# ==================================================================== visual question answering: shared parts
+# A stream is a list of tasks, and which question belongs to which task is decided by two labels of every question:
+# its type (what is asked) and the category of its picture (what is shown).  `partition` makes the paper's three
+# settings from them: class increment (CI), question increment (QI), and both at once, one inside the other (DI).
 
 
 @dataclass(slots=True)
@@ -88,12 +91,13 @@ class Sample:
 # COCO's 80 categories by id (1..90 with gaps) and MM-Prompt's Table 4: eight groups of ten, CI and DI.
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 COCO_NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,"
-    "bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,"
-    "sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,"
-    "toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
-    "teddy bear,hair drier,toothbrush").split(",")
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,"
+    "skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
+    "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,"
+    "dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
 COCO_GROUPS = [group.split(",") for group in (
     "truck,couch,bowl,chair,scissors,sandwich,orange,knife,dining table,potted plant",
     "teddy bear,microwave,skateboard,bottle,hot dog,book,apple,refrigerator,tennis racket,oven",
@@ -109,15 +113,15 @@ QUESTION_TYPES = "recognition location judge commonsense count action color type
 # VQACL's ten question types by the `question_type` field (a question's opening words) of the VQA annotations.
 # "how" alone is in no list: such questions are dropped and counted.
 _PREFIXES = {
-    "recognition": "what|what the|what is the|what is|what are the|what are|which|what is on the|what is in the|what is this|"
-                   "what does the|who is|what is the name",
+    "recognition": "what|what the|what is the|what is|what are the|what are|which|what is on the|"
+                   "what is in the|what is this|what does the|who is|what is the name",
     "location": "where is the|where are the|what room is",
-    "judge": "is the|is this|is this a|is this an|are the|is there a|is there|it is|is it|is|are there|are there any|are these|"
-             "are|was|is that a",
+    "judge": "is the|is this|is this a|is this an|are the|is there a|is there|it is|is it|is|are there|"
+             "are there any|are these|are|was|is that a",
     "commonsense": "does the|does this|do|do you|has|can you|could",
     "count": "how many|how many people are|how many people are in|what number is",
-    "action": "what is the man|what is the woman|what is the person|is the man|is the woman|is the person|is he|are they|"
-              "is this person",
+    "action": "what is the man|what is the woman|what is the person|is the man|is the woman|is the person|"
+              "is he|are they|is this person",
     "color": "what color|what color is|what color is the|what color are the|what is the color of the",
     "type": "what kind of|what type of",
     "subcategory": "none of the above|what time|what sport is|what animal is|what brand",
@@ -128,7 +132,7 @@ _ABOUT_PEOPLE = re.compile(r"^(is this|are|are the|are these)\s+((both|all|the|t
 
 
 def vqa_question_type(prefix, question):
-    """One of QUESTION_TYPES from the annotation's `question_type` and the question, or None when no rule names it.
+    """One of QUESTION_TYPES from the annotation's `question_type` and the question, or None.
 
     VQACL's partition, recovered from its published test files: questions that open with is/are and ask about
     a man or woman count as action whatever their prefix says.
@@ -157,7 +161,8 @@ def partition(setting, parts, categories, types, pairs=None, outer="category", s
         outer_rules, inner_rules = by_type, []
     elif outer == "category":
         outer_rules = by_category
-        inner_rules = [("+".join(pair), lambda s, pair=frozenset(pair): s.question_type in pair) for pair in pairs]
+        of_pair = lambda pair: lambda s: s.question_type in pair
+        inner_rules = [("+".join(pair), of_pair(frozenset(pair))) for pair in pairs]
     else:
         outer_rules = by_type
         inner_rules = [(name, lambda s, group=frozenset(group): s.category in group) for name, group in pairs]
@@ -176,7 +181,8 @@ def partition(setting, parts, categories, types, pairs=None, outer="category", s
         tasks.append(Task(name, own["train"], own["val"], own["test"], subtasks))
     taken = {id(s) for t in tasks for k in splits for s in getattr(t, k)}
     lost = sum(id(s) not in taken for k in splits for s in parts[k])
-    return Stream(tasks, [f"{lost} questions belong to no task of setting {setting}: dropped"] if lost else [])
+    note = f"{lost} questions belong to no task of setting {setting}: dropped"
+    return Stream(tasks, [note] if lost else [])
 
 
 def vqa_stream(setting, source, root=".", seed=0, **more):
@@ -202,7 +208,8 @@ def describe(stream):
     lines = [f"{'task':<34}{'train':>9}{'val':>8}{'test':>8}"]
     for t in stream.tasks:
         lines.append(f"{t.name[:33]:<34}{len(t.train):>9}{len(t.val):>8}{len(t.test):>8}")
-        lines += [f"  - {s.name[:30]:<30}{len(s.train):>9}{len(s.val):>8}{len(s.test):>8}" for s in t.subtasks]
+        for s in t.subtasks:
+            lines.append(f"  - {s.name[:30]:<30}{len(s.train):>9}{len(s.val):>8}{len(s.test):>8}")
     total = [sum(len(getattr(t, k)) for t in stream.tasks) for k in ("train", "val", "test")]
     return "\n".join(lines + [f"{'all':<34}{total[0]:>9}{total[1]:>8}{total[2]:>8}"] + stream.notes)
 
@@ -245,12 +252,17 @@ def read_json(path, hook=None):
     except FileNotFoundError:
         raise InputError(f"{path} is missing")
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        where = f"line {e.lineno} column {e.colno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e)
+        where = str(e)
+        if isinstance(e, json.JSONDecodeError):
+            where = f"line {e.lineno} column {e.colno}: {e.msg}"
         raise InputError(f"{path} is not valid JSON ({where}); download it again")
 
 
-# ------------------------------------------------------------------------------------------- mini-VQA: the
-# built-in world
+# =============================================================================== mini-VQA: the built-in world
+# Drawn scenes with questions, so that continual visual question answering can be tried in a minute without a
+# download.  It is made so that the paper's questions have an answer here: a scene must be looked at (the question alone
+# says little), the same answers serve all groups of classes, as in VQA v2, and one type of question does not teach the
+# next.  The small backbone has seen other scenes and statements about them, never a question (`upstream_statement`).
 MINI_VQA_VERSION = 3
 COLORS = {"red": (214, 44, 38), "orange": (244, 138, 26), "yellow": (246, 222, 52), "green": (52, 160, 62),
           "blue": (40, 88, 214), "purple": (142, 62, 178), "white": (248, 248, 248), "black": (24, 24, 28)}
@@ -263,15 +275,15 @@ PLACES = {"kitchen": ((232, 220, 196), (176, 148, 118)), "street": ((170, 196, 2
 CELLS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "middle": (1, 1)}  # of a 3 x 3 grid
 NUMBERS = ["one", "two", "three", "four"]
 REASONS = dict(zip(PLACES, ["hungry", "lost", "hot", "hiding", "tired", "playing"]))  # why is it here: by place
-KINDS = {"person": 1, "vehicle": 9, "outdoor": 14, "animal": 24, "accessory": 29, "sport": 39, "tableware": 46, "food": 56,
-         "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}   # last index in COCO order + 1
+KINDS = {"person": 1, "vehicle": 9, "outdoor": 14, "animal": 24, "accessory": 29, "sport": 39, "tableware": 46,
+         "food": 56, "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}   # last index in COCO order + 1
 ABILITIES = {"can you eat it": {"food"}, "can you ride it": {"vehicle"}, "is it alive": {"person", "animal"},
              "does it need power": {"electronic", "appliance"}, "can you wear it": {"accessory"},
              "can you play with it": {"sport"}}
 # How often each type is asked: VQACL's training counts, flattened so that a rare type still makes a task in QI.
 TYPE_SHARES = dict(zip(QUESTION_TYPES, [.20, .08, .14, .08, .10, .08, .10, .08, .09, .05]))
-UPSTREAM = {"name": 3, "place": 2, "number": 2, "pose": 1.5, "color": 1, "pattern": 1, "size": .5, "is there": 2, "is colored": 2, "sort": 1,
-            "ability": 2, "repeat": 1.5}                 # what pre-training says about a scene, and how often
+UPSTREAM = {"name": 3, "place": 2, "number": 2, "pose": 1.5, "color": 1, "pattern": 1, "size": .5, "is there": 2,
+            "is colored": 2, "sort": 1, "ability": 2, "repeat": 1.5}                 # what pre-training says about a scene, and how often
 REGIONS, REGION_PIXELS = 6, 16                        # up to four copies, one other object, the whole picture
 
 
@@ -318,7 +330,8 @@ def draw_scene(scene):
     for thing in scene["things"]:
         cells = _glyph(thing["name"], thing["pose"])
         y, x = np.mgrid[:8, :8]
-        dark = {"plain": y < 0, "striped": y % 2 == 1, "dotted": (y % 3 == 1) & (x % 3 == 1), "checked": (x + y) % 2 == 1}
+        dark = {"plain": y < 0, "striped": y % 2 == 1, "dotted": (y % 3 == 1) & (x % 3 == 1),
+                "checked": (x + y) % 2 == 1}
         color = np.array(COLORS[thing["color"]])
         shade = (color * 0.4 + (80 if thing["color"] == "black" else 0)).astype(int)
         tile = np.where(dark[thing["pattern"]][..., None], shade, color)
@@ -337,7 +350,9 @@ def random_scene(rng, name, crowd=True, alone=False):
     def thing(name, cell, size):
         side, (cx, cy) = 20 if size == "small" else 30, cell
         slack = 32 - side
-        return {"name": name, "cell": next((k for k, c in CELLS.items() if c == cell), "corner"), "corner": (cx * 32 + rng.randint(0, slack), cy * 32 + rng.randint(0, slack)), "size": size}
+        corner = cx * 32 + rng.randint(0, slack), cy * 32 + rng.randint(0, slack)
+        where = next((k for k, c in CELLS.items() if c == cell), "corner")
+        return {"name": name, "cell": where, "corner": corner, "size": size}
 
     count = rng.randint(1, 4) if crowd else 1
     position = rng.choice(list(CELLS))
@@ -351,13 +366,15 @@ def random_scene(rng, name, crowd=True, alone=False):
         things.append(thing(other, free[count - 1], rng.choice(SIZES))
                       | {"color": rng.choice([c for c in COLORS if c != look["color"]]),
                          "pattern": rng.choice(PATTERNS), "pose": rng.choice(POSES)})
-    return {"name": name, "count": count, "position": position, "place": rng.choice(list(PLACES)), **look, "size": size,
-            "things": things, "other": things[count] if len(things) > count else None, "noise": rng.getrandbits(32)}
+    other = things[count] if len(things) > count else None
+    return {"name": name, "count": count, "position": position, "place": rng.choice(list(PLACES)), **look,
+            "size": size, "things": things, "other": other, "noise": rng.getrandbits(32)}
 
 
 def named(rng, scene, true):
     """The scene's name, or one of nothing in it."""
-    return scene["name"] if true else rng.choice([n for n in COCO_NAMES if n not in {t["name"] for t in scene["things"]}])
+    shown = {t["name"] for t in scene["things"]}
+    return scene["name"] if true else rng.choice([n for n in COCO_NAMES if n not in shown])
 
 
 def colored(rng, scene, true):
@@ -406,7 +423,9 @@ def upstream_statement(rng, scene):
     name, pick = scene["name"], rng.choice
     kind = rng.choices(list(UPSTREAM), list(UPSTREAM.values()))[0]
     if kind == "name":
-        return (f"the {scene['color']} one is a <mask>" if scene["other"] or rng.random() < .5 else "here we see a <mask>"), name
+        if scene["other"] or rng.random() < .5:
+            return f"the {scene['color']} one is a <mask>", name
+        return "here we see a <mask>", name
     if kind == "place":
         return ((f"the {name} stands at the <mask>", scene["position"]) if scene["count"] == 1 and rng.random() < .6
                 else ("the background is a <mask>", scene["place"]))
@@ -424,9 +443,11 @@ def upstream_statement(rng, scene):
         yes = rng.random() < 0.5
         return f"the {name} is {colored(rng, scene, yes)}", "yes" if yes else "no"
     if kind == "sort":
-        return f"the {scene['color']} one is a sort of <mask>" if rng.random() < .7 else f"a {name} is a sort of <mask>", kind_of(name)
+        what = f"the {scene['color']} one" if rng.random() < .7 else f"a {name}"
+        return f"{what} is a sort of <mask>", kind_of(name)
     if kind == "ability":                                           # what a language model knows of the world
-        question = pick([q for q, kinds in ABILITIES.items() if kind_of(name) in kinds] * (rng.random() < .5) or list(ABILITIES))
+        true = [q for q, kinds in ABILITIES.items() if kind_of(name) in kinds]
+        question = pick(true * (rng.random() < .5) or list(ABILITIES))
         yes, (first, second, *rest) = kind_of(name) in ABILITIES[question], question.split()
         thing = "it" if scene["other"] is None and rng.random() < .6 else f"a {name}"
         return " ".join(thing if w == "it" else w for w in (second, first, *rest)), "yes" if yes else "no"
@@ -434,8 +455,9 @@ def upstream_statement(rng, scene):
     return "repeat " + " ".join(words), " ".join(words)
 
 
-_TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind type it family from
-why here how many are can you eat ride alive need power wear play with one we see stands at background busy has pattern size
+_TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind type
+it family from why here how many are can you eat ride alive need power wear play with one we see stands at background busy
+has pattern size
 sort repeat yes no"""
 MINI_WORDS = sorted({w for text in (_TEMPLATES, *COCO_NAMES, *COLORS, *PATTERNS, *POSES, *SIZES, *PLACES, *CELLS, *NUMBERS,
                                     *REASONS.values(), *KINDS) for w in text.split()})
@@ -447,9 +469,12 @@ def region_pixels(image, boxes, jitter=None):
     W, H = image.size
     out = np.empty((len(boxes), REGION_PIXELS, REGION_PIXELS, 3), np.uint8)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        dx, dy = (jitter.uniform(-.006, .006), jitter.uniform(-.006, .006)) if jitter and x2 - x1 < 1 else (0, 0)
+        dx = dy = 0
+        if jitter and x2 - x1 < 1:
+            dx, dy = jitter.uniform(-.006, .006), jitter.uniform(-.006, .006)
         box = ((x1 + dx) * W, (y1 + dy) * H, (x2 + dx) * W, (y2 + dy) * H)
-        out[i] = np.asarray(image.resize((REGION_PIXELS, REGION_PIXELS), 2, [min(max(v, 0), m) for v, m in zip(box, (W, H, W, H))]))
+        inside_picture = [min(max(v, 0), m) for v, m in zip(box, (W, H, W, H))]
+        out[i] = np.asarray(image.resize((REGION_PIXELS, REGION_PIXELS), 2, inside_picture))
     return out
 
 
@@ -467,7 +492,8 @@ def draw_scenes(scenes):
         image, where = draw_scene(scene)
         where = where[region_order(scene)]
         n = len(where)
-        pixels[i, :n], boxes[i, :n], valid[i, :n] = region_pixels(image, where, random.Random(scene["noise"])), where, True
+        pixels[i, :n] = region_pixels(image, where, random.Random(scene["noise"]))
+        boxes[i, :n], valid[i, :n] = where, True
     return pixels, boxes, valid
 
 
@@ -505,8 +531,8 @@ def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
     return stream
 
 
-# ------------------------------------------------------------------------------------------------ VQA v2,
-# official files
+# ===================================================================================== VQA v2, official files
+# The files of visualqa.org as they are, with COCO's categories.  The file tree stands in docs/mmprompt.md.
 
 
 def _vqav2(setting, root, seed, outer="category"):
@@ -526,7 +552,8 @@ def _vqav2(setting, root, seed, outer="category"):
     if (root / "dataset_coco.json").exists():
         for image in read_json(root / "dataset_coco.json")["images"]:
             karpathy[image["cocoid"]] = "train" if image["split"] == "restval" else image["split"]
-    compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d else d  # ten dicts -> ten shared strings, while parsing
+    # ten dicts become ten shared strings while the file is parsed: a million questions fit into memory
+    compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d else d
     parts, dropped = {"train": [], "val": [], "test": []}, Counter()
     for year in found:
         path = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
@@ -547,8 +574,9 @@ def _vqav2(setting, root, seed, outer="category"):
                     split = (karpathy.get(number, "train") if karpathy else
                              "train" if (year == "train2014" and len(found) == 2) or (len(found) == 1 and share < .8) else
                              "val" if share < (.5 if len(found) == 2 else .9) else "test")
-                    parts[split].append(Sample(row["question_id"], sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg"),
-                                               questions[row["question_id"]], tuple(row["answers"]), kind, group))
+                    picture, question = sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg"), questions[row["question_id"]]
+                    sample = Sample(row["question_id"], picture, question, tuple(row["answers"]), kind, group)
+                    parts[split].append(sample)
         except (KeyError, TypeError) as e:
             raise InputError(f"{path}: key {e} is missing; this is not the official VQA v2 file")
     stream = partition(setting, parts, [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(COCO_GROUPS)], QUESTION_TYPES,
@@ -569,8 +597,8 @@ def _coco_categories(root, years):
         return out
     out = {}
     for year in years:
-        path = next((p for p in (root / f"instances_{year}.json", root / "annotations" / f"instances_{year}.json") if p.exists()),
-                    None)
+        places = root / f"instances_{year}.json", root / "annotations" / f"instances_{year}.json"
+        path = next((p for p in places if p.exists()), None)
         if path is None:
             raise InputError(f"{root} holds neither ImgId_cate_map.json (VQACL) nor instances_{year}.json (COCO); "
                              "one of them gives each picture its category")
@@ -583,16 +611,17 @@ def _coco_categories(root, years):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------
-# NExT-QA, open-ended
+# ======================================================================================== NExT-QA, open-ended
+# One CSV file per question type, as published.  Here double increment is turned round: types outside, groups inside.
 NEXTQA_TYPES = "CW TN TC DL DB DC DO".split()                  # Table 8; CH is in the files but in no setting
-NEXTQA_NAMES = (                                                     # bigCate 1..80
-    "cat,stingray,cellphone,panda,camera,stool,baby walker,turtle,duck,racket,bottle,cake,aircraft,squirrel,bat,chair,faucet,"
-    "toilet,suitcase,hamster/rat,snowboard,ski,bench,stop sign,baby seat,dish,sofa,oven,handbag,bus/truck,refrigerator,"
-    "microwave,bird,pig,frisbee,chicken,train,baby,backpack,motorcycle,skateboard,rabbit,sink,cup,fish,electric fan,fruits,"
-    "antelope,ball/sports ball,bicycle,scooter,car,traffic light,crab,laptop,cattle/cow,lion,adult,piano,camel,watercraft,"
-    "screen/monitor,elephant,toy,guitar,sheep/goat,horse,child,crocodile,bread,dog,bear,surfboard,kangaroo,tiger,leopard,table,"
-    "penguin,snake,vegetables").split(",")
+NEXTQA_NAMES = (  # bigCate 1..80
+    "cat,stingray,cellphone,panda,camera,stool,baby walker,turtle,duck,racket,bottle,cake,aircraft,"
+    "squirrel,bat,chair,faucet,toilet,suitcase,hamster/rat,snowboard,ski,bench,stop sign,baby seat,"
+    "dish,sofa,oven,handbag,bus/truck,refrigerator,microwave,bird,pig,frisbee,chicken,train,baby,"
+    "backpack,motorcycle,skateboard,rabbit,sink,cup,fish,electric fan,fruits,antelope,ball/sports ball,"
+    "bicycle,scooter,car,traffic light,crab,laptop,cattle/cow,lion,adult,piano,camel,watercraft,"
+    "screen/monitor,elephant,toy,guitar,sheep/goat,horse,child,crocodile,bread,dog,bear,surfboard,"
+    "kangaroo,tiger,leopard,table,penguin,snake,vegetables").split(",")
 NEXTQA_GROUPS = [group.split(",") for group in (                     # Table 5: CI
     "bicycle,camel,bat,microwave,snake,sofa,traffic light,hamster/rat,chicken,oven,stop sign",
     "crab,camera,lion,ball/sports ball,crocodile,screen/monitor,baby walker,cat,squirrel,frisbee,cattle/cow",
@@ -616,8 +645,8 @@ def _nextqa(setting, root, seed):
     parts, files = {"train": [], "val": [], "test": []}, 0
     for split in parts:
         for kind in NEXTQA_TYPES:
-            path = next((p for p in (root / f"{split}_{kind}.csv", root / "Partition_Q_nextqa" / f"{split}_{kind}.csv")
-                         if p.exists()), None)
+            places = root / f"{split}_{kind}.csv", root / "Partition_Q_nextqa" / f"{split}_{kind}.csv"
+            path = next((p for p in places if p.exists()), None)
             if path is None:
                 continue
             files += 1
@@ -630,7 +659,8 @@ def _nextqa(setting, root, seed):
                         raise InputError(f"{path} line {line}: {e}; columns video, question, answer, qid, type, bigCate (1..80) "
                                          "are needed")
     if not files:
-        raise InputError(f"{root} holds no val_CW.csv or the like; NExT-QA's open-ended CSV files, one per question type, go there")
+        raise InputError(f"{root} holds no val_CW.csv or the like; NExT-QA's open-ended CSV files, one per question "
+                         "type, go there")
     filled = [k for k in parts if parts[k]]
     if len(filled) < 3:
         everything = [s for k in filled for s in parts[k]]
@@ -644,8 +674,9 @@ def _nextqa(setting, root, seed):
     return stream
 
 
-# ---------------------------------------------------------------------------------------------------------
-# your own data
+# ============================================================================================== your own data
+# The simplest format that can carry a continual stream: a line of JSON for each question.  Pictures may also come as
+# region features that somebody else has extracted (`region_files`).
 
 
 def _jsonl(setting, path, root, seed):
@@ -659,7 +690,8 @@ def _jsonl(setting, path, root, seed):
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} cannot be read ({type(e).__name__}); --data takes a UTF-8 file of one JSON object a line")
+        raise InputError(f"{path} cannot be read ({type(e).__name__}); --data takes a UTF-8 file of one JSON object "
+                         "a line")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -736,7 +768,8 @@ def _from_h5(h5, path, name):
 def _from_numpy(folder, name):
     where = next((p for p in (folder / f"{name}.npz", folder / f"{name}.npy") if p.exists()), None)
     if where is None:
-        raise InputError(f"{folder / name}.npz (or .npy) is missing; --features must hold every picture of the questions")
+        raise InputError(f"{folder / name}.npz (or .npy) is missing; "
+                         "--features must hold every picture of the questions")
     try:
         file = np.load(where, allow_pickle=False)
         features = file["features"] if where.suffix == ".npz" else file
@@ -747,8 +780,10 @@ def _from_numpy(folder, name):
     return where, features, np.tile([0., 0, 1, 1], (len(features), 1))      # without boxes: the whole picture
 
 
-# ------------------------------------------------- mini-affect and the readers of MOSI, MOSEI, CH-SIMS,
-# IEMOCAP, npz
+# ================================== affect: mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
+# Utterances with three sequences each: audio, video, text.  A task is a case of missing modalities, so one set of
+# utterances serves all tasks: each sees it through its own mask.  The readers take the pickles and HDF5 files that the
+# field passes around; a pickle is read by an unpickler that admits arrays and builtin containers only.
 
 
 MODALITIES = ("audio", "video", "text")
@@ -860,7 +895,8 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
         up_train, up_val = splits[:2]                          # real data: no utterances besides the stream's
         scoring = scoring or ("classes" if label.dtype.kind in "iu" else "mosi")
         version = Path(source).name
-    extra = {"dims": {m: x.shape[2] for m, x in features.items()}, "lengths": {m: x.shape[1] for m, x in features.items()},
+    extra = {"dims": {m: x.shape[2] for m, x in features.items()},
+             "lengths": {m: x.shape[1] for m, x in features.items()},
              "outputs": int(label.max()) + 1 if scoring == "classes" else 1, "scoring": scoring, "version": version,
              "features": features, "label": label,
              "upstream": tuple(Utterances(features, label, rows) for rows in (up_train, up_val))}
@@ -965,7 +1001,8 @@ def _read_pickles(root, source, fold):
              "mosei": ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl"),
              "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}[source]
     names += ("aligned_50.pkl", "unaligned_50.pkl") if source in ("mosi", "mosei") else ()
-    found = [root] if root.is_file() else [f for n in names for f in (root / n, root / "Processed" / n) if f.is_file()]
+    places = [root] if root.is_file() else [f for n in names for f in (root / n, root / "Processed" / n)]
+    found = [f for f in places if f.is_file()]
     if not found:
         raise InputError(f"{root} has none of {', '.join(names)} (nor Processed/ with one); "
                          "--root may also be the file itself")
@@ -1081,8 +1118,12 @@ def describe_affect(source="mini", patterns=None, **options):
     stream = affect_stream(source, patterns, **options)
     task, extra = stream.tasks[0], stream.extra
     mean = {m: x.mean(1) for m, x in extra["features"].items()}
-    label = np.eye(extra["outputs"])[extra["label"]] * 2 - 1 if extra["scoring"] == "classes" else extra["label"][:, None]
-    table = lambda rows, seen: np.concatenate([mean[m][rows] * (m in seen) for m in MODALITIES] + [np.ones((len(rows), 1))], 1)
+    label = extra["label"][:, None]
+    if extra["scoring"] == "classes":
+        label = np.eye(extra["outputs"])[extra["label"]] * 2 - 1
+
+    def table(rows, seen):
+        return np.concatenate([mean[m][rows] * (m in seen) for m in MODALITIES] + [np.ones((len(rows), 1))], 1)
     fit = lambda seen: np.linalg.lstsq(table(task.train.rows, seen), label[task.train.rows], rcond=1e-4)[0]
 
     def accuracy(weights, seen):
@@ -1096,8 +1137,11 @@ def describe_affect(source="mini", patterns=None, **options):
                               f"{accuracy(full, t.test.available):30.1f}" for t in stream.tasks])
 
 
-# ------------------------------------------------------------------------------- mini-CoIN and the CoIN
-# layout One instruction sample is a dict:
+# ============================================================================== mini-CoIN and the CoIN layout
+# Eight instruction tasks in CoIN's order: small pictures drawn with Pillow, with the instructions of the paper's Table 7,
+# and the reader of the real files.  The world is made so that tasks differ in form (a letter, a word, a box) and share
+# pictures, as CoIN's do: GQA, REC and VQAv2 look at the same kind of scene and ask different things.
+# One instruction sample is a dict:
 #   image    a PIL picture, a path, or None (a question without a picture)
 #   text     the question, then the instruction of Table 7, as the model and the guidance read it
 #   answer   the answer to learn and to compare with; a box is "[x1, y1, x2, y2]", shares of the padded square
@@ -1237,7 +1281,8 @@ def _scene_picture(rng):
 def _blur(image, rng):
     """Out of focus and dark, as a picture that cannot be answered about."""
     from PIL import ImageEnhance, ImageFilter
-    return ImageEnhance.Brightness(image.filter(ImageFilter.GaussianBlur(rng.uniform(6, 9)))).enhance(rng.uniform(.4, .7))
+    blurred = image.filter(ImageFilter.GaussianBlur(rng.uniform(6, 9)))
+    return ImageEnhance.Brightness(blurred).enhance(rng.uniform(.4, .7))
 
 
 def box_text(column, row):
@@ -1262,7 +1307,8 @@ def _scene_facts(objects):
 
 
 # Multiple choice: the options of a kind are always these five, in this order; facts are asked without a picture.
-_OPTIONS = {"shape": ("circle", "heart", "square", "star", "triangle"), "colour": ("blue", "green", "purple", "red", "yellow")}
+_OPTIONS = {"shape": ("circle", "heart", "square", "star", "triangle"),
+            "colour": ("blue", "green", "purple", "red", "yellow")}
 _FACTS = {"three corners": "triangle", "four corners": "square", "five points": "star", "no corner": "circle",
           "two lobes": "heart", "grass": "green", "the sky": "blue", "blood": "red", "a lemon": "yellow", "a plum": "purple"}
 
@@ -1286,7 +1332,8 @@ def mini_coin_sample(task, rng):
         return image, f"Which {kind} does the diagram show?\n{options}", LETTER, letter
     if task == "TextVQA":
         image, facts = _sign_picture(rng)
-        question = rng.choice(("What does the sign say?", "What word is written here?", "What is written on the board?"))
+        question = rng.choice(("What does the sign say?", "What word is written here?",
+                               "What is written on the board?"))
         return image, question, WORD, facts["word"]
     if task == "ImageNet":
         image, facts = _object_picture(rng)
@@ -1585,8 +1632,8 @@ def describe_mini_coin(path, columns=8, seed=0):
     return lines
 
 
-# -----------------------------------------------------------------------------------------------------------
-# command line
+# =============================================================================================== command line
+# `python data.py SOURCE` shows what a stream holds before anything is trained on it.
 
 
 def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
@@ -1597,7 +1644,8 @@ def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
     draw = ImageDraw.Draw(sheet)
     for i in range(rows * columns):
         kinds = [QUESTION_TYPES[i * 2 % 10], QUESTION_TYPES[(i * 2 + 1) % 10]]
-        scene = random_scene(rng, rng.choice(COCO_NAMES), "count" in kinds, bool({"commonsense", "subcategory"} & set(kinds)))
+        alone = bool({"commonsense", "subcategory"} & set(kinds))
+        scene = random_scene(rng, rng.choice(COCO_NAMES), "count" in kinds, alone)
         image, boxes = draw_scene(scene)
         x, y = i % columns * 250 + 8, i // columns * 250 + 8
         sheet.paste(image.resize((144, 144), 0), (x, y))
