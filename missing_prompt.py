@@ -50,8 +50,8 @@ MODALITIES = ("audio", "video", "text")
 # Table 1: what is available in task 1..7.  Our copy holds none of its cells; this is one of the orders that
 # fit the text: "tasks 2 and 3, tasks 5 and 7" (Figure 4) must be the pairs that turn into each other when
 # audio and text swap.
-PATTERNS = tuple(map(frozenset, (("audio", "video", "text"), ("audio", "video"), ("video", "text"), ("audio", "text"),
-                                 ("audio",), ("video",), ("text",))))
+PATTERNS = tuple(map(frozenset, (("audio", "video", "text"), ("audio", "video"), ("video", "text"),
+                                 ("audio", "text"), ("audio",), ("video",), ("text",))))
 KINDS = ("MS", "TA", "TS")                                      # modality-specific, task-aware, task-specific
 
 
@@ -436,7 +436,8 @@ class Store:
     @torch.no_grad()
     def project(self, net):
         """Replace raw features by net.embed of them, once: right while the backbone is frozen."""
-        self.x = {m: torch.cat([net.embed({m: part})[m] for part in x.split(1024)]) for m, x in self.x.items()}
+        seen = lambda m, x: torch.cat([net.embed({m: part})[m] for part in x.split(1024)])
+        self.x = {m: seen(m, x) for m, x in self.x.items()}
         self.blank = {m: net.embed({m: x[None]})[m][0] for m, x in self.blank.items()}
 
     def batch(self, rows, task=None):
@@ -448,7 +449,7 @@ class Store:
         else:                                                # one pattern for all: what is missing is one row
             available = MODALITIES if task is None else PATTERNS[task]
             x = {m: self.x[m][rows] if m in available else self.blank[m][None] for m in MODALITIES}
-            present = torch.tensor([m in available for m in MODALITIES], device=self.y.device).expand(len(rows), -1)
+            present = torch.tensor([[m in available for m in MODALITIES]], device=self.y.device).expand(len(rows), -1)
         return Batch(x, self.y[rows], present, task, rows)
 
     def loss(self, output, y):
@@ -635,9 +636,9 @@ class AGEM(ER):
         for p in parameters:
             p.grad = None
         self.store.loss(self(self.old), self.old.y).backward()
-        ref = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in parameters])
+        ref = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
         # g <- g - (g . g_ref / g_ref . g_ref) g_ref   where g . g_ref < 0
-        g = project_away(g, ref)
+        g = project_away(g, torch.cat(ref))
         for p, part in zip(parameters, g.split([p.numel() for p in parameters])):
             p.grad = part.view_as(p).clone()
 
@@ -681,7 +682,8 @@ class ICaRL(Method):
         tasks = [*dict.fromkeys(self.kept[1][self.kept[0] >= 0].tolist()), t]
         share = self.kept.shape[1] // len(tasks)
         kept = [self.kept[:, self.kept[1] == k][:, :share] for k in tasks[:-1]]  # herding order: the first are best
-        feature = torch.cat([self.net.encode(self.net.embed(self.store.batch(r, t).x)) for r in rows.split(256)])
+        parts = [self.store.batch(some, t) for some in rows.split(256)]
+        feature = torch.cat([self.net.encode(self.net.embed(b.x)) for b in parts])
         chosen = rows[herd(F.normalize(feature, dim=-1), share)]
         kept = torch.cat([*kept, torch.stack([chosen, torch.full_like(chosen, t)])], 1)
         self.kept.fill_(-1)
@@ -727,8 +729,8 @@ class EWC(Method):
         for row in samples:
             b = self.store.batch(row[None], t)
             g = torch.autograd.grad(self.store.loss(self(b), b.y), parameters, allow_unused=True)
-            g = torch.cat([torch.zeros_like(p).flatten() if x is None else x.flatten() for p, x in zip(parameters, g)])
-            self.fisher += g ** 2 / len(samples)
+            g = [torch.zeros_like(p) if x is None else x for p, x in zip(parameters, g)]
+            self.fisher += torch.cat([x.flatten() for x in g]) ** 2 / len(samples)
         self.anchor.copy_(torch.cat([p.detach().flatten() for p in parameters]))
 
 
@@ -773,7 +775,8 @@ class Prompted(Method):
     def query(self, b):
         """Batch of one task -> (B,D), of unit length; computed once for each utterance and task."""
         if b.task not in self.known:
-            self.known[b.task] = torch.full((len(self.store.y), self.net.features), math.nan, device=b.y.device)
+            shape = len(self.store.y), self.net.features
+            self.known[b.task] = torch.full(shape, math.nan, device=b.y.device)
         known = self.known[b.task]
         new = b.rows[known[b.rows, 0].isnan()]
         if len(new):
@@ -921,7 +924,8 @@ def build_method(args, backbone, stream):
 def load_stream(args):
     """The tasks of a run, in the order asked for."""
     world = SMOKE_WORLD if args.smoke else None
-    stream = data.affect_stream(args.data, PATTERNS, args.root, args.samples, args.fold, args.seed, args.max_length, world)
+    stream = data.affect_stream(args.data, PATTERNS, args.root, args.samples, args.fold, args.seed, args.max_length,
+                                world)
     return stream.reorder(args.order)
 
 
@@ -941,7 +945,8 @@ def predict(args, method, part):
     """Outputs (n,C) for the utterances of one split of one task."""
     method.eval()
     rows, t = torch.as_tensor(part.rows, device=args.device), PATTERNS.index(part.available)
-    return rows, torch.cat([method(method.store.batch(some, t)) for some in rows.split(args.eval_batch)]).float()
+    outputs = [method(method.store.batch(some, t)) for some in rows.split(args.eval_batch)]
+    return rows, torch.cat(outputs).float()
 
 
 def learn_task(args, backbone, method, lesson, run):
@@ -958,7 +963,8 @@ def learn_task(args, backbone, method, lesson, run):
         method.train()
         shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + first * 1009 + epoch)
         total = 0.0
-        for step, part in enumerate(run.bar(torch.randperm(len(rows), generator=shuffle).to(device).split(args.batch))):
+        order = torch.randperm(len(rows), generator=shuffle).to(device)
+        for step, part in enumerate(run.bar(order.split(args.batch))):
             b = store.batch(rows[part], tasks[part] if len(lesson) > 1 else first)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = method.loss(b)
@@ -985,7 +991,8 @@ def evaluate(args, backbone, method, part):
     """Scores of one split of one task: "score" is the accuracy in points; beside it what
     metrics.affect_scores knows."""
     rows, output = predict(args, method, part)
-    scores = metrics.affect_scores(output.cpu().numpy(), method.store.y[rows].cpu().numpy(), method.store.scoring)
+    label = method.store.y[rows].cpu().numpy()
+    scores = metrics.affect_scores(output.cpu().numpy(), label, method.store.scoring)
     return {"score": scores["accuracy"], **scores}
 
 
@@ -1206,7 +1213,7 @@ def parse_args(argv=None):
         raise InputError(f"--sequence needs each of {' '.join(KINDS)} once, not {' '.join(args.sequence)}")
     if len({*args.folds}) < len(args.folds):
         raise InputError("--folds must not repeat a number: the same run twice is no second measurement")
-    args.out = args.out or ("runs/missing_prompt-tables" if args.table else f"runs/missing_prompt-{args.method}")
+    args.out = args.out or f"runs/missing_prompt-{'tables' if args.table else args.method}"
     return args
 
 
