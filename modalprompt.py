@@ -517,8 +517,9 @@ def load_backbone(args, stream=None):
 # =========================================================================================== compared methods
 # One protocol for all, the paper's class above included:
 #   begin_task(token_embeddings, generator)   once a task, before it is learned
-#   forward(x_v, x_t) -> prefix, losses       a step of training;   select(x_v, x_t) -> prefix, chosen   an
-# answer   end_task()                                freezes what belongs to the task
+#   forward(x_v, x_t) -> prefix, losses       a step of training
+#   select(x_v, x_t) -> prefix, chosen        an answer
+#   end_task()                                freezes what belongs to the task
 # Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real
 # backbones; needs_guidance, whether CLIP has to look.  A constructor asks by name for what it needs: see
 # build_method.
@@ -578,7 +579,7 @@ class LoRA(nn.Module):
         return h @ self.B[i].T * self.scale                              # (...,E r) @ (E r,out)
 
 
-class FineTune(Frozen):
+class Finetune(Frozen):
     """Sequential fine-tuning: one LoRA for all tasks, which nothing keeps from forgetting."""
     lr = 5e-4
 
@@ -764,7 +765,7 @@ class ProgressivePrompts(Frozen):
         return self.select(x_v, x_t)[0], {}
 
 
-METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": FineTune, "joint": Joint, "moelora": MoELoRA, "l2p": L2P,
+METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "moelora": MoELoRA, "l2p": L2P,
            "dualprompt": DualPrompt, "coda": CODAPrompt, "progressive": ProgressivePrompts}
 
 
