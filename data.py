@@ -260,9 +260,10 @@ def read_json(path, hook=None):
 
 # =============================================================================== mini-VQA: the built-in world
 # Drawn scenes with questions, so that continual visual question answering can be tried in a minute without a
-# download.  It is made so that the paper's questions have an answer here: a scene must be looked at (the question alone
-# says little), the same answers serve all groups of classes, as in VQA v2, and one type of question does not teach the
-# next.  The small backbone has seen other scenes and statements about them, never a question (`upstream_statement`).
+# download.  It is made so that the paper's questions have an answer here: a scene must be looked at (the
+# question alone says little), the same answers serve all groups of classes, as in VQA v2, and one type of
+# question does not teach the next.  The small backbone has seen other scenes and statements about them, never
+# a question (`upstream_statement`).
 MINI_VQA_VERSION = 3
 COLORS = {"red": (214, 44, 38), "orange": (244, 138, 26), "yellow": (246, 222, 52), "green": (52, 160, 62),
           "blue": (40, 88, 214), "purple": (142, 62, 178), "white": (248, 248, 248), "black": (24, 24, 28)}
@@ -276,14 +277,14 @@ CELLS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "midd
 NUMBERS = ["one", "two", "three", "four"]
 REASONS = dict(zip(PLACES, ["hungry", "lost", "hot", "hiding", "tired", "playing"]))  # why is it here: by place
 KINDS = {"person": 1, "vehicle": 9, "outdoor": 14, "animal": 24, "accessory": 29, "sport": 39, "tableware": 46,
-         "food": 56, "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}   # last index in COCO order + 1
+         "food": 56, "furniture": 62, "electronic": 68, "appliance": 73, "household": 80}  # last index in COCO order + 1
 ABILITIES = {"can you eat it": {"food"}, "can you ride it": {"vehicle"}, "is it alive": {"person", "animal"},
              "does it need power": {"electronic", "appliance"}, "can you wear it": {"accessory"},
              "can you play with it": {"sport"}}
 # How often each type is asked: VQACL's training counts, flattened so that a rare type still makes a task in QI.
 TYPE_SHARES = dict(zip(QUESTION_TYPES, [.20, .08, .14, .08, .10, .08, .10, .08, .09, .05]))
 UPSTREAM = {"name": 3, "place": 2, "number": 2, "pose": 1.5, "color": 1, "pattern": 1, "size": .5, "is there": 2,
-            "is colored": 2, "sort": 1, "ability": 2, "repeat": 1.5}                 # what pre-training says about a scene, and how often
+            "is colored": 2, "sort": 1, "ability": 2, "repeat": 1.5}  # what pre-training says about a scene, and how often
 REGIONS, REGION_PIXELS = 6, 16                        # up to four copies, one other object, the whole picture
 
 
@@ -612,7 +613,8 @@ def _coco_categories(root, years):
 
 
 # ======================================================================================== NExT-QA, open-ended
-# One CSV file per question type, as published.  Here double increment is turned round: types outside, groups inside.
+# One CSV file per question type, as published.  Here double increment is turned round: types outside, groups
+# inside.
 NEXTQA_TYPES = "CW TN TC DL DB DC DO".split()                  # Table 8; CH is in the files but in no setting
 NEXTQA_NAMES = (  # bigCate 1..80
     "cat,stingray,cellphone,panda,camera,stool,baby walker,turtle,duck,racket,bottle,cake,aircraft,"
@@ -640,7 +642,7 @@ def _nextqa(setting, root, seed):
     """NExT-QA's open-ended questions from {train,val,test}_{CW,TN,...}.csv below `root`.  sample.image = the
     video's id.
 
-    Files of one split alone are divided 70/10/20 by video.  DI: question types outside, five object groups inside.
+    Files of one split alone are divided 70/10/20 by video.  DI: types outside, five object groups inside.
     """
     parts, files = {"train": [], "val": [], "test": []}, 0
     for split in parts:
@@ -653,8 +655,8 @@ def _nextqa(setting, root, seed):
             with open(path, encoding="utf-8", newline="") as f:
                 for line, row in enumerate(csv.DictReader(f), 2):
                     try:
-                        parts[split].append(Sample(f"{row['video']}_{row['qid']}", row["video"], row["question"], (row["answer"],),
-                                                   row["type"], NEXTQA_NAMES[int(row["bigCate"]) - 1]))
+                        name, group = f"{row['video']}_{row['qid']}", NEXTQA_NAMES[int(row["bigCate"]) - 1]
+                        parts[split].append(Sample(name, row["video"], row["question"], (row["answer"],), row["type"], group))
                     except (KeyError, TypeError, ValueError, IndexError) as e:
                         raise InputError(f"{path} line {line}: {e}; columns video, question, answer, qid, type, bigCate (1..80) "
                                          "are needed")
@@ -666,8 +668,9 @@ def _nextqa(setting, root, seed):
         everything = [s for k in filled for s in parts[k]]
         cut = lambda lo, hi: [s for s in everything if lo <= _share(s.image, seed) < hi]
         parts = {"train": cut(0, .7), "val": cut(.7, .8), "test": cut(.8, 1)}
-    stream = partition(setting, parts, [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(NEXTQA_GROUPS)], NEXTQA_TYPES,
-                       [(f"G{i}", [NEXTQA_NAMES[n - 1] for n in ids]) for i, ids in enumerate(NEXTQA_SUBGROUPS)], "type", seed)
+    groups = [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(NEXTQA_GROUPS)]
+    inner = [(f"G{i}", [NEXTQA_NAMES[n - 1] for n in ids]) for i, ids in enumerate(NEXTQA_SUBGROUPS)]
+    stream = partition(setting, parts, groups, NEXTQA_TYPES, inner, "type", seed)
     if len(filled) < 3:
         stream.notes.append(f"only {' and '.join(filled)} files: divided 70/10/20 by video")
     stream.extra["root"] = root
@@ -675,15 +678,15 @@ def _nextqa(setting, root, seed):
 
 
 # ============================================================================================== your own data
-# The simplest format that can carry a continual stream: a line of JSON for each question.  Pictures may also come as
-# region features that somebody else has extracted (`region_files`).
+# The simplest format that can carry a continual stream: a line of JSON for each question.  Pictures may also
+# come as region features that somebody else has extracted (`region_files`).
 
 
 def _jsonl(setting, path, root, seed):
     """One JSON object a line: image (path below root), question, answer or answers, question_type, category;
     optional id, split.
 
-    Tasks appear in the order of the file.  Without "split", pictures go 70/10/20, the same way for the same seed.
+    Tasks appear in the order of the file.  Without "split", pictures go 70/10/20, by the seed.
     """
     root = root or path.parent
     parts, types, categories = {"train": [], "val": [], "test": []}, {}, {}
@@ -726,7 +729,7 @@ def region_files(folder):
     """Region features made elsewhere -> load(image), which returns features (n,f) and boxes (n,4) in [0,1],
     float32.
 
-    folder  holds <picture name>.npz (features (n,f), boxes (n,4)) or .npy (features alone) for every picture, or is
+    folder   holds <picture name>.npz (features (n,f), boxes (n,4)) or .npy (features) for every picture, or is
              VL-T5's .h5 file (<name>/features, boxes in pixels, img_w, img_h; needs h5py)
     Raises InputError for a picture that is not there, and for arrays that are misshapen or not finite.
     """
@@ -781,9 +784,10 @@ def _from_numpy(folder, name):
 
 
 # ================================== affect: mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
-# Utterances with three sequences each: audio, video, text.  A task is a case of missing modalities, so one set of
-# utterances serves all tasks: each sees it through its own mask.  The readers take the pickles and HDF5 files that the
-# field passes around; a pickle is read by an unpickler that admits arrays and builtin containers only.
+# Utterances with three sequences each: audio, video, text.  A task is a case of missing modalities, so one
+# set of utterances serves all tasks: each sees it through its own mask.  The readers take the pickles and
+# HDF5 files that the field passes around; a pickle is read by an unpickler that admits arrays and builtin
+# containers only.
 
 
 MODALITIES = ("audio", "video", "text")
@@ -820,7 +824,7 @@ MINI_AFFECT = {
     "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
     "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,          # utterances
     "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},       # how much of the sentiment each modality shows
-    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},  # the habit's spread, and where it shows
+    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},     # its spread, where it shows
     "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},       # of the evidence, in units of sentiment (-3..3)
     "relation": 0.5,                                                 # correlation of audio's and text's noise
     "gain": 0.5, "token": 0.25}                                 # evidence in features; noise of every feature
@@ -829,14 +833,14 @@ MINI_AFFECT = {
 def _mini_affect(n, rng, world, classes=0):
     """n utterances of mini-affect -> features {m: (n,len,dim)}, label (n,).
 
-    Sentiment s ~ +-U(0.3,3); the speaker's habit b ~ N(0, habit^2), how loud, lively and wordy somebody always is.
-    Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,  audio's and text's u correlated ("relation").
-    Text is the strongest alone, audio next, video weak.  Two modalities together tell s from b, so the right
-    use of one depends on which others are there (video counts against audio where both are, and for the
-    sentiment alone): the missing-modality tasks contradict each other, and training on one spoils another.
-    The evidence is written along one direction of the feature space at two random steps of the sequence, a
-    second direction marks those steps; everything else is noise. classes=4: the label is the quadrant of s
-    and of an arousal r ~ +-U(0.3,3), written along a third direction.
+    Sentiment s ~ +-U(0.3,3); the speaker's habit b ~ N(0, habit^2), how loud, lively and wordy somebody
+    always is. Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,  audio's and text's u
+    correlated ("relation"). Text is the strongest alone, audio next, video weak.  Two modalities together
+    tell s from b, so the right use of one depends on which others are there (video counts against audio where
+    both are, and for the sentiment alone): the missing-modality tasks contradict each other, and training on
+    one spoils another. The evidence is written along one direction of the feature space at two random steps
+    of the sequence, a second direction marks those steps; everything else is noise. classes=4: the label is
+    the quadrant of s and of an arousal r ~ +-U(0.3,3), written along a third direction.
     """
     geometry = np.random.default_rng(7)                      # the same directions for everybody, upstream too
     strong = lambda: rng.choice((-1.0, 1.0), n) * rng.uniform(0.3, 3, n)
@@ -846,7 +850,7 @@ def _mini_affect(n, rng, world, classes=0):
     features = {}
     for m in MODALITIES:
         length, dim = world["lengths"][m], world["dims"][m]
-        q = np.linalg.qr(geometry.standard_normal((dim, dim)))[0]  # orthogonal directions: evidence, arousal, marker
+        q = np.linalg.qr(geometry.standard_normal((dim, dim)))[0]    # directions: evidence, arousal, marker
         x = world["token"] * rng.standard_normal((n, length, dim)) / np.sqrt(3)
         where = np.argsort(rng.random((n, length)), axis=1)[:, :2]   # (n,2) the steps that speak
         arousal = r + (1.5 if m == "text" else 0.7) * rng.standard_normal(n)
@@ -859,12 +863,13 @@ def _mini_affect(n, rng, world, classes=0):
 
 
 def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0, max_length=50, world=None):
-    """The stream of the missing-modality paper: one task per pattern of available modalities, in the order given.
+    """The stream of the missing-modality paper: one task per pattern of available modalities, in this order.
 
-    source  "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to <file>.npz
+    source  "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to .npz
     patterns    sequence of frozensets over MODALITIES, Table 1       root   folder (or file) of the real data
-    samples  "shared": every task masks the same utterances; "disjoint": each task has its own share of train and val
-    fold  of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0  seed  of mini's utterances
+    samples  "shared": every task masks the same utterances; "disjoint": each task has its own share of train
+    and val fold  of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0  seed  of mini's
+    utterances
     max_length  longer sequences are averaged over that many equal windows      world   changes to MINI_AFFECT
     Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the
     number of classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities,
@@ -913,7 +918,7 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
 
 
 def _join(raw, max_length, notes):
-    """{split: {"audio", "video", "text", "label", "where"}} -> features, label, [rows of train, val, test]."""
+    """{split: {"audio", "video", "text", "label", "where"}} -> features, label, [rows of each split]."""
     features, first = {}, raw["train"]
     for m in MODALITIES:
         parts = []
@@ -1063,7 +1068,7 @@ def _read_iemocap(root, source, fold):
 
 
 def _read_npz(path, fold):
-    """<file>.npz: audio, video, text (N,n,d), label (N,), and split (0 1 2 | train valid test) or fold (0..F-1).
+    """<file>.npz: audio, video, text (N,n,d), label (N,), split (0 1 2 | train valid test) or fold (0..F-1).
 
     With fold: test = that fold, val = the next one, train = the others.  label of integers = classes.
     """
@@ -1138,10 +1143,10 @@ def describe_affect(source="mini", patterns=None, **options):
 
 
 # ============================================================================== mini-CoIN and the CoIN layout
-# Eight instruction tasks in CoIN's order: small pictures drawn with Pillow, with the instructions of the paper's Table 7,
-# and the reader of the real files.  The world is made so that tasks differ in form (a letter, a word, a box) and share
-# pictures, as CoIN's do: GQA, REC and VQAv2 look at the same kind of scene and ask different things.
-# One instruction sample is a dict:
+# Eight instruction tasks in CoIN's order: small pictures drawn with Pillow, with the instructions of the
+# paper's Table 7, and the reader of the real files.  The world is made so that tasks differ in form (a
+# letter, a word, a box) and share pictures, as CoIN's do: GQA, REC and VQAv2 look at the same kind of scene
+# and ask different things. One instruction sample is a dict:
 #   image    a PIL picture, a path, or None (a question without a picture)
 #   text     the question, then the instruction of Table 7, as the model and the guidance read it
 #   answer   the answer to learn and to compare with; a box is "[x1, y1, x2, y2]", shares of the padded square
@@ -1153,7 +1158,8 @@ OBJECT = "What is the object in the image?"
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 MINI_COIN = 1                                                        # the version of the world below; frozen
 
-_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "arrow", "house", "tree", "key")
+_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "arrow", "house", "tree",
+           "key")
 _COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
             "purple": (150, 50, 190), "black": (25, 25, 25)}
 _SIGNS = ("stop", "exit", "sale", "open", "taxi", "cafe", "bank", "farm")
@@ -1306,11 +1312,12 @@ def _scene_facts(objects):
     return facts
 
 
-# Multiple choice: the options of a kind are always these five, in this order; facts are asked without a picture.
+# Multiple choice: the options of a kind are always these five, in this order; facts need no picture.
 _OPTIONS = {"shape": ("circle", "heart", "square", "star", "triangle"),
             "colour": ("blue", "green", "purple", "red", "yellow")}
 _FACTS = {"three corners": "triangle", "four corners": "square", "five points": "star", "no corner": "circle",
-          "two lobes": "heart", "grass": "green", "the sky": "blue", "blood": "red", "a lemon": "yellow", "a plum": "purple"}
+          "two lobes": "heart", "grass": "green", "the sky": "blue", "blood": "red", "a lemon": "yellow",
+          "a plum": "purple"}
 
 
 def _options(answer):
@@ -1479,7 +1486,7 @@ def sample_picture(sample):
     """The sample's picture as a PIL RGB image, or None; padded to a square with its mean colour where the
     source says so.
 
-    Raises InputError if the file cannot be decoded: readers leave missing and truncated pictures out beforehand.
+    Raises InputError if the file cannot be decoded: readers leave missing and truncated pictures out before.
     """
     image = sample.get("image")
     if image is None or not isinstance(image, (str, Path)):
@@ -1519,8 +1526,9 @@ def picture_problem(path):
 
 _COIN_FOLDERS = {"REC": "Grounding"}                         # CoIN's folder of a task, where the names differ
 _COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}            # others: test.json
-COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/{train,test}.json "
-             "(val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset Zacks-Chen/CoIN; pictures below "
+COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/"
+             "{train,test}.json (val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset "
+             "Zacks-Chen/CoIN; pictures below "
              "DIR at the paths the JSON files name")
 
 
@@ -1618,7 +1626,7 @@ def instruction_stream(source="mini", root=None, seed=0, sizes=(240, 60, 100), l
 
 
 def describe_mini_coin(path, columns=8, seed=0):
-    """Writes a contact sheet of mini-CoIN, one row a task, to `path` (PNG) and returns one line of text a task."""
+    """Writes a sheet of mini-CoIN, one row a task, to `path` (PNG); returns one line of text a task."""
     from PIL import Image
     rng, lines = random.Random(seed), []
     sheet = Image.new("RGB", (columns * 104, len(COIN) * 104), "white")
@@ -1661,9 +1669,9 @@ def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
 def main():
     """python data.py mini-vqa|vqav2|nextqa|FILE.jsonl|mini-affect|mini-coin: print a partition, or draw a
     sheet of samples."""
-    parser = argparse.ArgumentParser(description="Print how a source is divided into tasks, or draw a sheet of samples.")
+    parser = argparse.ArgumentParser(description="Print how a source is divided into tasks, or draw samples.")
     parser.add_argument("source", help="mini-vqa, vqav2, nextqa, a .jsonl file, mini-affect or mini-coin")
-    parser.add_argument("sheet", nargs="?", help="mini-vqa, mini-coin: draw labelled samples into this PNG instead")
+    parser.add_argument("sheet", nargs="?", help="mini-vqa, mini-coin: draw samples into this PNG instead")
     parser.add_argument("--root", default=".", help="folder with the files")
     parser.add_argument("--setting", nargs="+", default=["DI", "CI", "QI"], choices=["DI", "CI", "QI"])
     parser.add_argument("--seed", type=int, default=0)

@@ -990,7 +990,9 @@ PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalpr
 
 
 # =============================================================================================== command line
-# One run, several seeds, a table of the paper, the cost of a method, or one answer.
+# One run, several seeds, a table of the paper, the cost of a method, or one answer: `main` decides at the end of
+# this section.  Shared flags and their checks are in metrics.shared_flags; here stand the paper's own.  What nobody
+# changes from a command line is an argument of its class, which a table's row reaches through "options".
 
 
 def table_notes(args, table):
@@ -1003,7 +1005,7 @@ def table_notes(args, table):
 
     def mean(label, key):
         return np.mean([np.array(r[key], float) for r in done[label]], 0)
-    if args.table == "2":
+    if args.table == "2":                                                # which tasks make the mean
         lines += ["", "Last by task:", "", "| | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
         lines += [f"| {label} | " + " | ".join(f"{x:.1f}" for x in mean(label, "matrix")[-1]) + " |" for label in done]
         official = [f"{label} {np.mean([r['official']['Last'] for r in done[label]]):.1f}" for label in done]
@@ -1016,7 +1018,7 @@ def table_notes(args, table):
             metrics.heat_map(A, folder / f"matrix-{label}.png", tasks, tasks, f"{label}: A[t,i]")
     if args.table == "fig4":
         near, picked = mean("modalprompt", "similarity"), mean("modalprompt", "selection_counts")
-        picked = 100 * picked / picked.sum(1, keepdims=True)
+        picked = 100 * picked / picked.sum(1, keepdims=True)             # counts to shares, in percent
         metrics.heat_map(near, folder / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
         metrics.heat_map(picked, folder / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
         for title, X in (("Similarity of prototype (row) and task (column)", near),
@@ -1027,7 +1029,11 @@ def table_notes(args, table):
 
 
 def answer_one(args):
-    """--answer IMAGE "question" --prompts FILE: prints the answer and the prompt sets chosen."""
+    """--answer IMAGE "question" --prompts FILE: prints the answer and the prompt sets chosen.
+
+    The saved prompts bring their prototypes, so no task number is needed; the models must be those they were learned
+    with, which results.json beside the file knows for the small backbone.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     image, question = args.answer
