@@ -76,12 +76,15 @@ class MissingPrompts(nn.Module):
         super().__init__()
         if init <= 0:
             raise ValueError("init must be positive: prompts of zero times keys never learn (Eq. 2)")
+        # Which kind each layer carries: none before `start`, then N_M, N_A and N_S layers, then none again.
         plan = [kind for kind in sequence for _ in range(depths[KINDS.index(kind)])]
         if start + len(plan) > layers:
             raise ValueError(f"--start {start} and N_M+N_A+N_S = {len(plan)} need {start + len(plan)} layers, "
                              f"the backbone has {layers}; use a smaller --start or --depths, or more --layers")
         after = layers - start - len(plan)
         self.plan = [None] * start + [kind if kind in kinds else None for kind in plan] + [None] * after
+        # What is trained.  Prompts start small; a key multiplies them, so "available" starts near one, which
+        # leaves a prompt as it is, and "missing" elsewhere, which makes the cases differ from the first step.
         T, M, groups = len(patterns), len(MODALITIES), 1 if keys == "shared" else len(MODALITIES)
         aware = "TA" in self.plan                                # P_M is also what task-aware prompts are made of
         normal = lambda used, spread, *shape: nn.Parameter(spread * torch.randn(*shape)) if used else None
