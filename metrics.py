@@ -544,6 +544,19 @@ def seconds(device, *jobs, repeats=7):
     return [float(np.median(t)) for t in times]
 
 
+def for_backward_mb(job):
+    """MiB that job keeps for its backward pass, for --bench: every stored tensor once."""
+    import torch
+    stored = {}                                                      # where it lies -> bytes
+
+    def note(x):
+        stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        job()
+    return sum(stored.values()) / 2 ** 20
+
+
 def environment():
     """Versions, commit and hardware of this run: a flat dict of strings and numbers."""
     import torch
@@ -1062,8 +1075,10 @@ def settle_shared(args):
 
 def check_shared(args):
     """What can be said before anything is run.  Raises InputError."""
-    if len({*args.seeds}) < len(args.seeds):
-        raise InputError("--seeds must not repeat a number: the same run twice is no second measurement")
+    for name in ("seeds", "folds"):
+        numbers = getattr(args, name, [])
+        if len({*numbers}) < len(numbers):
+            raise InputError(f"--{name} must not repeat a number: the same run twice is no second measurement")
     if args.rows and not args.table:
         raise InputError("--rows needs --table")
     return args

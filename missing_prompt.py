@@ -2,8 +2,8 @@
 
 Paper     Guo, Wang, Lin, Yan, Wu, Jin: Efficient Prompting for Continual Adaptation to Missing Modalities.
           NAACL 2025 (long.219), arXiv 2503.00528v1.
-Official  no code is public.  Our copy of the paper holds none of its formulas: they are reconstructed here from
-          its words, under its equation numbers; docs/missing_prompt.md says how sure each is.
+Official  no code is public.  Our copy of the paper holds none of its formulas: they are reconstructed here
+          from its words, under its equation numbers; docs/missing_prompt.md says how sure each is.
 Run       python missing_prompt.py                       the paper's method on mini-affect, nothing downloaded
           python missing_prompt.py --method finetune     the lower bound; --help names the others
 
@@ -12,8 +12,8 @@ of missing modalities (Table 1).  Three kinds of prompts adapt the model: modali
 task-aware, made from those and two missing keys (Eq. 2-4), and task-specific (Eq. 5); a contrastive loss on
 the task-aware ones lets similar cases help each other (Eq. 6-8).
 
-Shapes    B batch · T tasks = cases of missing modalities · t current task · L prompt length · D width · H heads
-          M = 3 modalities: a audio, v video, l text · n steps of a modality's sequence
+Shapes    B batch · T tasks = cases of missing modalities · t current task · L prompt length · D width
+          H heads · M = 3 modalities: a audio, v video, l text · n steps of a modality's sequence
           C outputs (1 score, or classes).  (B,n,D) is a shape; Eq. n is the paper's number.
 
 Call path, from the command line to the line where the prompts enter the backbone
@@ -21,7 +21,7 @@ Call path, from the command line to the line where the prompts enter the backbon
     run                           the protocol: task after task, test on all tasks seen so far
     learn_task                    epochs over one task
     MissingModalityPrompts.loss   Eq. 8 on a batch
-    Store.batch                 utterances with the task's modalities missing, already projected: {m: (B,n,D)}
+    Store.batch                   utterances with modalities missing, already projected: {m: (B,n,D)}
     MissingPrompts.attach         which prompt each layer gets: Eq. 1 (P^m), Eq. 2-4 (P_A(t)), Eq. 5 (P_S^t)
     MultimodalTransformer.encode  walks through the layers of each modality, then through the fusion layers
     MSALayer.forward              attention over [P ; h]: here the prompt enters, for its layer alone
@@ -29,6 +29,7 @@ Call path, from the command line to the line where the prompts enter the backbon
 """
 import contextlib
 import copy
+import functools
 import math
 import sys
 import time
@@ -38,7 +39,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import metrics
@@ -52,19 +52,9 @@ MODALITIES = ("audio", "video", "text")
 # audio and text swap.
 PATTERNS = tuple(map(frozenset, (("audio", "video", "text"), ("audio", "video"), ("video", "text"),
                                  ("audio", "text"), ("audio",), ("video",), ("text",))))
+# The positive pairs (i,j) and (m,n) of Eq. 7, from 0: such as turn into each other when audio and text swap.
+PAIRS = ((1, 2), (4, 6))                                        # av and vl, a and l
 KINDS = ("MS", "TA", "TS")                                      # modality-specific, task-aware, task-specific
-
-
-def mirror_pairs(patterns):
-    """The positive pairs (i,j), (m,n) of Eq. 7, from 0: patterns that turn into each other when audio and
-    text swap.
-
-    First the pair with two modalities, then the pair with one; None where `patterns` does not hold both.
-    """
-    pairs = (({"audio", "video"}, {"video", "text"}), ({"audio"}, {"text"}))
-    patterns = [set(p) for p in patterns]
-    there = lambda p, q: p in patterns and q in patterns
-    return tuple((patterns.index(p), patterns.index(q)) if there(p, q) else None for p, q in pairs)
 
 
 class MissingPrompts(nn.Module):
@@ -86,12 +76,15 @@ class MissingPrompts(nn.Module):
         super().__init__()
         if init <= 0:
             raise ValueError("init must be positive: prompts of zero times keys never learn (Eq. 2)")
+        # Which kind each layer carries: none before `start`, then N_M, N_A and N_S layers, then none again.
         plan = [kind for kind in sequence for _ in range(depths[KINDS.index(kind)])]
         if start + len(plan) > layers:
             raise ValueError(f"--start {start} and N_M+N_A+N_S = {len(plan)} need {start + len(plan)} layers, "
                              f"the backbone has {layers}; use a smaller --start or --depths, or more --layers")
         after = layers - start - len(plan)
         self.plan = [None] * start + [kind if kind in kinds else None for kind in plan] + [None] * after
+        # What is trained.  Prompts start small; a key multiplies them, so "available" starts near one, which
+        # leaves a prompt as it is, and "missing" elsewhere, which makes the cases differ from the first step.
         T, M, groups = len(patterns), len(MODALITIES), 1 if keys == "shared" else len(MODALITIES)
         aware = "TA" in self.plan                                # P_M is also what task-aware prompts are made of
         normal = lambda used, spread, *shape: nn.Parameter(spread * torch.randn(*shape)) if used else None
@@ -125,8 +118,10 @@ class MissingPrompts(nn.Module):
         return self.task_aware().mean(1)
 
     def attach(self, t):
-        """What each MSA layer of each modality gets in task t: one entry per layer, None or {modality:
-        (1|B,L,D)}. The layer reads [P ; h], the prompt in front of the sequence (MSALayer.forward)."""
+        """What each MSA layer gets in task t: one entry per layer, None or {modality: (1|B,L,D)}.
+
+        The layer reads [P ; h], the prompt in front of the sequence (MSALayer.forward).
+        """
         batch = lambda P: P if P.dim() == 3 else P[None]                                # (L,D) -> (1,L,D)
         at = {None: None}
         if "MS" in self.plan:
@@ -162,7 +157,7 @@ def nt_xent(z, i, j, tau=0.5):
     return torch.logsumexp(sim[others], 0) - sim[j]
 
 
-def task_interaction_loss(z, pairs=((1, 2), (4, 6)), trade_off=1.0, tau=0.5):
+def task_interaction_loss(z, pairs=PAIRS, trade_off=1.0, tau=0.5):
     """The contrastive task interaction loss on z (T,D), (); a pair that is None is left out (Table 4).    Eq. 7"""
     # Both pairs, each in both directions; lambda (trade_off) weighs the second.
     # L_con = [l(i,j) + l(j,i)] + lambda [l(m,n) + l(n,m)]                                               Eq. 7
@@ -175,8 +170,7 @@ def task_interaction_loss(z, pairs=((1, 2), (4, 6)), trade_off=1.0, tau=0.5):
 
 
 def total_loss(L_task, L_con, gamma):
-    """The loss of a batch: the task's own (L1 for a score, cross-entropy for classes) and the interaction of
-    tasks."""
+    """The loss of a batch: the task's own (L1 for a score, cross-entropy for classes) and L_con."""
     # L = L_task(yhat, y) + gamma L_con                                                                  Eq. 8
     return L_task + gamma * L_con
 
@@ -189,15 +183,13 @@ def total_loss(L_task, L_con, gamma):
 
 
 class Prefix(NamedTuple):
-    """A prompt in two halves, one for a layer's keys and one for its values, (1|B,L,D) each, as DualPrompt
-    has it."""
+    """DualPrompt's prompt: one half for a layer's keys, one for its values, (1|B,L,D) each."""
     keys: torch.Tensor
     values: torch.Tensor
 
 
 class MSALayer(nn.Module):
-    """One pre-norm transformer layer, MSA_i^m of the paper.  width D, heads H.  Raises ValueError if H does
-    not divide D."""
+    """One pre-norm transformer layer, MSA_i^m of the paper.  Raises ValueError if heads H do not divide width D."""
 
     def __init__(self, width, heads, dropout=0.1):
         super().__init__()
@@ -209,7 +201,7 @@ class MSALayer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, h, P=None):
-        """h (B,n,D), P (1|B,L,D) or None -> (B,n,D): MSA([P ; h]) without the L outputs at the prompt's places."""
+        """h (B,n,D), P (1|B,L,D) or None -> (B,n,D): MSA([P ; h]) without the outputs at the prompt's places."""
         if isinstance(P, Prefix):
             return self.prefixed(h, P)
         if P is not None:                                   # one row of a missing modality, B rows of prompts
@@ -217,8 +209,7 @@ class MSALayer(nn.Module):
         q, k, v = self.split(self.qkv(self.norm1(h)))                                   # 3 x (B,H,n,D/H)
         if P is not None:
             # Attention over [P ; h].  The outputs at the prompt's places are dropped after the layer, so the
-            # prompt is
-            # needed as keys and values only: the numbers of `prepended` for half the work.        Eq. 1, 4, 5
+            # prompt is needed as keys and values only: what `prepended` says, for half the work.  Eq. 1, 4, 5
             P_k, P_v = self.keys_values(P)                                              # 2 x (1|B,H,L,D/H)
             k, v = self.in_front(P_k, k), self.in_front(P_v, v)                         # 2 x (B,H,L+n,D/H)
         return self.finish(h, q, k, v)
@@ -256,7 +247,7 @@ class CrossLayer(MSALayer):
     """The same layer with queries of one modality, keys and values of another, as in MulT."""
 
     def forward(self, h, source, P=None):
-        """h (B,n,D) asks source (B,n',D), with a prompt (1|B,L,D) or Prefix in front of the latter -> (B,n,D)."""
+        """h (B,n,D) asks source (B,n',D), a prompt (1|B,L,D) or Prefix in front of it -> (B,n,D)."""
         q, _, _ = self.split(self.qkv(self.norm1(h)))
         k, v = self.keys_values(source)
         if P is not None:
@@ -286,10 +277,10 @@ class Head(nn.Module):
 
 
 class MultimodalTransformer(nn.Module):
-    """The backbone: a self-attention encoder per modality, then self-attention over the three sequences together.
+    """The backbone: a self-attention encoder per modality, then self-attention over the three together.
 
-    dims {m: feature dimension}, outputs C.  The paper says "the multimodal transformer", writes MSA_i^a, MSA_i^v,
-    MSA_i^l and 2-3 % trainable parameters; this reading fits all three (--backbone mult is the other).
+    dims {m: feature dimension}, outputs C.  The paper says "the multimodal transformer", writes MSA_i^a,
+    MSA_i^v, MSA_i^l and 2-3 % trainable parameters; this reading fits all (--backbone mult is another).
     """
 
     def __init__(self, dims, outputs, width=30, heads=5, layers=5, fusion=3, dropout=0.1):
@@ -302,15 +293,15 @@ class MultimodalTransformer(nn.Module):
         self.head = Head(width, outputs, dropout)
 
     def embed(self, x):
-        """Raw features {m: (B,n,d)} -> {m: (B,n,D)}: projection and positions.  A missing modality is zeros."""
+        """Raw features {m: (B,n,d)}, zeros if missing -> {m: (B,n,D)}: projection and positions."""
         D = self.width
         return {m: math.sqrt(D) * self.project[m](v) + positions(v.shape[1], D, v) for m, v in x.items()}
 
     def encode(self, h, prompts=(), keep=False):
-        """h {m: (B,n,D)} from embed, prompts: one entry per layer and fusion layer -> (B,D), read at position 0.
+        """h {m: (B,n,D)} from embed, prompts: an entry per layer and fusion layer -> (B,D), read at position 0.
 
         A modality that is missing in the whole batch comes as one row: its stream runs once and is repeated.
-        keep: a prompt goes in at the first layer of its group and stays, until the next group takes its place.
+        keep: a prompt goes in at its group's first layer and stays until the next group takes its place.
         """
         prompts = [*prompts] + [None] * (self.depth - len(prompts))
         B, done = max(len(x) for x in h.values()), []
@@ -330,7 +321,7 @@ class MultimodalTransformer(nn.Module):
 
     @staticmethod
     def walk_and_keep(layers, x, prompts):
-        """Through the layers with prompts that stay behind the sequence until the next group takes their place."""
+        """Through the layers, with prompts that stay behind the sequence until others take their place."""
         slot, previous, n = None, None, x.shape[1]
         for layer, P in zip(layers, prompts):
             if P is not None and P is not previous:
@@ -348,7 +339,7 @@ class MultimodalTransformer(nn.Module):
 
 
 class MulT(MultimodalTransformer):
-    """MulT (Tsai et al. 2019) as the backbone: every modality attends to each of the other two, layer by layer.
+    """MulT (Tsai et al. 2019) as the backbone: each modality attends to the other two, layer by layer.
 
     Crossmodal layers have no self-attention: a prompt among the queries would reach nobody, so it joins the
     keys and values, with the prompt of the modality that is looked at.  No causal mask.
@@ -364,7 +355,7 @@ class MulT(MultimodalTransformer):
         self.norm, self.head = nn.LayerNorm(6 * width), Head(6 * width, outputs, dropout)
 
     def encode(self, h, prompts=(), keep=False):
-        """As above, (B,6D).  Raises ValueError for keep: in crossmodal layers a prompt has no place to stay."""
+        """As above, (B,6D).  Raises InputError for keep: in crossmodal layers a prompt has no place to stay."""
         if keep:
             raise InputError("keep needs --backbone msa: in MulT's crossmodal layers a prompt has no place to stay")
         prompts = [*prompts] + [None] * self.layers
@@ -400,23 +391,25 @@ def load_backbone(args, stream):
         torch.manual_seed(args.backbone_seed)
         net = make_backbone(args, stream)
         if is_shipped(args):
-            seed, config = args.backbone_seed, affect_config(args)
-            net.load_state_dict(metrics.small_backbone("mini-affect", seed, config))
-            return net
-        return cached_backbone(args, stream, net)
+            net.load_state_dict(metrics.small_backbone("mini-affect", args.backbone_seed, affect_config(args)))
+        else:
+            cached_backbone(args, stream, net)
+    return net
 
 
 # ========================================================================================== compared methods
 # A method is a backbone with what it adds.  The protocol of every method:
-#     begin_task(t, rows)    before task t with training utterances rows (n,)    forward(b)   a Batch -> (B,C)
-#     loss(b)                a Batch -> ()                                          end_task(t, rows)
-# and, for a few, edit_gradients() between backward and step, observe(b, epoch) after the step.  Class
-# attributes: lr, its own rate; weight, of its own loss term; frozen, whether the backbone is; one_stage,
-# whether it knows no tasks.
+#     begin_task(t, rows)   before task t, rows (n,) are its training utterances
+#     forward(b)            a Batch -> (B,C), in training and at test
+#     loss(b)               a Batch -> (), what a step makes smaller
+#     end_task(t, rows)     after the task
+# A few also use edit_gradients(), between backward and step, and observe(b, epoch), after the step.
+# Class attributes: lr, its own rate; weight, of its own loss term; frozen, whether the backbone is;
+# one_stage, whether it learns everything at once.
 
 
 class Batch(NamedTuple):
-    x: dict      # {m: (B,n,d)}: raw features, projected ones where the backbone is frozen; (1,n,d) if missing
+    x: dict                # {m: (B,n,d)} features, projected where the backbone is frozen; (1,n,d) if missing
     y: torch.Tensor        # (B,)
     present: torch.Tensor  # (B,M) bool
     task: object           # the task's number, or (B,) numbers in a mixed batch
@@ -508,8 +501,7 @@ class Method(nn.Module):
 class MissingModalityPrompts(Method):
     """The paper's method: a frozen backbone, three kinds of prompts, contrastive interaction of the tasks.
 
-    keep: prompts stay in the sequence until the next kind takes their place.  init: spread of the prompts at
-    the start.
+    keep: prompts stay in the sequence until the next kind takes their place.  init: their spread at the start.
     """
     lr, frozen = 3e-2, True
 
@@ -518,15 +510,14 @@ class MissingModalityPrompts(Method):
         self.prompts = MissingPrompts(net.width, args.length, PATTERNS, args.prompts, args.sequence, args.depths,
                                       args.start, net.layers, args.keys, init)
         self.keep, self.gamma, self.trade_off, self.tau = keep, args.gamma, args.trade_off, args.tau
-        self.pairs = [pair if args.pairs in ("both", which) else None
-                      for pair, which in zip(mirror_pairs(PATTERNS), ("first", "second"))]
+        self.pairs = {"both": PAIRS, "first": (PAIRS[0], None), "second": (None, PAIRS[1]), "none": ()}[args.pairs]
 
     def forward(self, b):
         return self.net(b.x, self.prompts.attach(b.task), self.keep)                    # Eq. 1-5
 
     def contrastive(self):
         """L_con: zero where there are no task-aware prompts or no pairs to compare."""
-        if self.prompts.k_miss is None or not any(self.pairs):
+        if self.prompts.k_miss is None or not self.pairs:
             return torch.zeros((), device=self.store.y.device)
         return task_interaction_loss(self.prompts.z(), self.pairs, self.trade_off, self.tau)      # Eq. 6-7
 
@@ -563,8 +554,7 @@ class Joint(Method):
 
 
 class ER(Method):
-    """Experience replay (Chaudhry et al. 2019b): a reservoir of past samples, a second batch from it in every
-    step."""
+    """Experience replay (Chaudhry et al. 2019b): a second batch in every step, from a reservoir of the past."""
     buffered, lr = True, 1e-3
 
     def __init__(self, net, store, args):
@@ -575,7 +565,7 @@ class ER(Method):
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def observe(self, b, epoch):
-        # reservoir: the s-th sample of the stream takes place j ~ U{0..s-1} if j < size: each is kept with size/s
+        # reservoir: the s-th sample takes place j ~ U{0..s-1} if j < size, so each is kept with size / s
         size = self.kept.shape[1]
         for i in range(len(b.rows) if epoch == 0 else 0):            # each sample is offered once
             s = int(self.seen)
@@ -604,7 +594,7 @@ class ER(Method):
 
 
 class DERpp(ER):
-    """DER++ (Buzzega et al. 2020): task loss + alpha |f(x) - stored output|^2 + beta task loss on another draw."""
+    """DER++ (Buzzega et al. 2020): L_task + alpha |f(x) - stored output|^2 + beta L_task on another draw."""
     weight, beta = 0.3, 0.5                                          # weight is alpha
 
     def loss(self, b):
@@ -618,8 +608,7 @@ class DERpp(ER):
 
 
 class AGEM(ER):
-    """A-GEM (Chaudhry et al. 2019a): if the gradient g would raise the loss on the buffer, take that part out
-    of it."""
+    """A-GEM (Chaudhry et al. 2019a): what in the gradient would raise the loss on the buffer is taken out."""
 
     def loss(self, b):
         j = self.recall(len(b.rows))                                 # drawn here, used by edit_gradients
@@ -649,8 +638,25 @@ def project_away(g, ref):
     return g if dot >= 0 else g - dot / (ref @ ref) * ref
 
 
-class ICaRL(Method):
-    """iCaRL (Rebuffi et al. 2017): herded exemplars of every task, and distillation from the model before the task.
+class Distilling(Method):
+    """What iCaRL and LwF share: the model before the task, and how far the outputs moved away from its."""
+
+    def __init__(self, net, store, args):
+        super().__init__(net, store, args)
+        self.old = copy.deepcopy(net).requires_grad_(False)
+
+    def begin_task(self, t, rows):
+        self.old.load_state_dict(self.net.state_dict())
+        self.old.eval()
+
+    def moved(self, output, b):
+        with torch.no_grad():
+            before = self.old(self.old.embed(b.x))
+        return self.store.distill(output, before)
+
+
+class ICaRL(Distilling):
+    """iCaRL (Rebuffi et al. 2017): herded exemplars of every task, distillation from the model before the task.
 
     Its nearest-mean classifier has no meaning for a sentiment score; prediction stays the head's.
     """
@@ -659,11 +665,6 @@ class ICaRL(Method):
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
         self.register_buffer("kept", torch.full((2, args.buffer), -1))              # utterance, task; -1 free
-        self.old = copy.deepcopy(net).requires_grad_(False)
-
-    def begin_task(self, t, rows):
-        self.old.load_state_dict(self.net.state_dict())
-        self.old.eval()
 
     def loss(self, b):
         loss = super().loss(b)
@@ -672,9 +673,7 @@ class ICaRL(Method):
             j = full[torch.randperm(len(full))[:len(b.rows)]]
             old = self.store.batch(self.kept[0, j], self.kept[1, j])
             output = self(old)
-            with torch.no_grad():
-                before = self.old(self.old.embed(old.x))
-            loss = loss + self.store.loss(output, old.y) + self.weight * self.store.distill(output, before)
+            loss = loss + self.store.loss(output, old.y) + self.weight * self.moved(output, old)
         return loss
 
     @torch.no_grad()
@@ -691,8 +690,7 @@ class ICaRL(Method):
 
 
 def herd(feature, k):
-    """Herding, (N,D) -> at most k indices: each next one brings the mean of the chosen closest to the mean of
-    all."""
+    """Herding, (N,D) -> at most k indices: each next one brings the mean of the chosen closest to that of all."""
     mean, total, chosen = feature.mean(0), torch.zeros_like(feature[0]), []
     free = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
     for i in range(min(k, len(feature))):
@@ -707,8 +705,7 @@ def herd(feature, k):
 
 
 class EWC(Method):
-    """EWC, online form (Kirkpatrick et al. 2017): stay near the last task's weights where they mattered to
-    any task."""
+    """EWC, online (Kirkpatrick et al. 2017): stay near the last weights where they mattered to any task."""
     lr, weight = 1e-3, 1000.0                                        # weight is lambda
 
     def __init__(self, net, store, args):
@@ -734,18 +731,13 @@ class EWC(Method):
         self.anchor.copy_(torch.cat([p.detach().flatten() for p in parameters]))
 
 
-class LwF(Method):
-    """LwF (Li and Hoiem 2017): on the new task's inputs, keep the outputs that the model gave before the task."""
+class LwF(Distilling):
+    """LwF (Li and Hoiem 2017): on the new task's inputs, keep the outputs that the model gave before it."""
     weight = 0.1
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
-        self.old = copy.deepcopy(net).requires_grad_(False)
         self.register_buffer("tasks", torch.zeros((), dtype=torch.long))
-
-    def begin_task(self, t, rows):
-        self.old.load_state_dict(self.net.state_dict())
-        self.old.eval()
 
     def end_task(self, t, rows):
         self.tasks += 1
@@ -753,11 +745,7 @@ class LwF(Method):
     def loss(self, b):
         output = self(b)
         loss = self.store.loss(output, b.y)
-        if self.tasks:
-            with torch.no_grad():
-                before = self.old(self.old.embed(b.x))
-            loss = loss + self.weight * self.store.distill(output, before)
-        return loss
+        return loss + self.weight * self.moved(output, b) if self.tasks else loss
 
 
 # ---- with prompts
@@ -783,10 +771,13 @@ class Prompted(Method):
             known[new] = F.normalize(self.net.encode(self.store.batch(new, b.task).x), dim=-1)
         return known[b.rows]
 
+    def match(self, b):
+        """How near the query is to each key, (B,K)."""
+        return self.query(b) @ F.normalize(self.keys, dim=-1).T
+
 
 class L2P(Prompted):
-    """L2P (Wang et al. 2022c): 10 prompts of length 5; the 5 whose keys are nearest to the query go into
-    layers 1-3."""
+    """L2P (Wang et al. 2022c): of 10 prompts of length 5, the 5 with the nearest keys go into layers 1-3."""
     lr, weight = 3.3e-3, 0.01
 
     def __init__(self, net, store, args):
@@ -795,8 +786,7 @@ class L2P(Prompted):
         self.keys = nn.Parameter(torch.randn(10, net.features))
 
     def select(self, b):
-        sim = self.query(b) @ F.normalize(self.keys, dim=-1).T                          # (B,10)
-        return sim.topk(5, dim=-1)                            # per sample: nobody else in the batch has a say
+        return self.match(b).topk(5, dim=-1)                  # per sample: nobody else in the batch has a say
 
     def forward(self, b):
         prompt = self.pool[self.select(b).indices].flatten(1, 2)                        # (B,25,D)
@@ -807,8 +797,7 @@ class L2P(Prompted):
 
 
 class DualPrompt(Prompted):
-    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own in layers 3-5, found by
-    its key."""
+    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own, found by its key, in 3-5."""
     weight = 1.0
 
     def __init__(self, net, store, args):
@@ -821,9 +810,6 @@ class DualPrompt(Prompted):
 
     def begin_task(self, t, rows):
         self.learned[t] = True
-
-    def match(self, b):
-        return self.query(b) @ F.normalize(self.keys, dim=-1).T                         # (B,T)
 
     def forward(self, b):
         if self.training:                                            # training knows its task, test does not
@@ -839,8 +825,7 @@ class DualPrompt(Prompted):
 
 
 class SPrompts(Prompted):
-    """S-Prompts (Wang et al. 2022a): prompts learned for each task alone; at test the nearest of 5 k-means
-    centres per task says which."""
+    """S-Prompts (Wang et al. 2022a): prompts for each task alone; at test the nearest k-means centre says which."""
     lr = 3e-2
 
     def __init__(self, net, store, args):
@@ -924,9 +909,8 @@ def build_method(args, backbone, stream):
 def load_stream(args):
     """The tasks of a run, in the order asked for."""
     world = SMOKE_WORLD if args.smoke else None
-    stream = data.affect_stream(args.data, PATTERNS, args.root, args.samples, args.fold, args.seed, args.max_length,
-                                world)
-    return stream.reorder(args.order)
+    where = args.root, args.samples, args.fold, args.seed, args.max_length
+    return data.affect_stream(args.data, PATTERNS, *where, world).reorder(args.order)
 
 
 def number(task):
@@ -951,7 +935,9 @@ def predict(args, method, part):
 
 def learn_task(args, backbone, method, lesson, run):
     """Learns one lesson with a new optimiser: a list with one task, or with all of them for joint training.
-    Raises InputError where the loss is not finite."""
+
+    Raises InputError where the loss is not finite.
+    """
     store, device = method.store, torch.device(args.device)
     learning = {name: p for name, p in method.named_parameters() if p.requires_grad}
     if not learning:
@@ -988,11 +974,10 @@ def adam(parameters, lr, device):
 
 
 def evaluate(args, backbone, method, part):
-    """Scores of one split of one task: "score" is the accuracy in points; beside it what
-    metrics.affect_scores knows."""
+    """Scores of one split of one task: "score", the accuracy in points, and what metrics.affect_scores knows."""
     rows, output = predict(args, method, part)
-    label = method.store.y[rows].cpu().numpy()
-    scores = metrics.affect_scores(output.cpu().numpy(), label, method.store.scoring)
+    label = method.store.y[rows]
+    scores = metrics.affect_scores(output.cpu().numpy(), label.cpu().numpy(), method.store.scoring)
     return {"score": scores["accuracy"], **scores}
 
 
@@ -1043,9 +1028,7 @@ def finish(args, stream, method, run):
     values = {"AA": float(np.mean(A[-1]))}
     if not method.one_stage:
         values |= {"FM_max": metrics.forgetting(A), "FM_diag": metrics.forgetting(A, "own")}
-    full = data.pattern_name(PATTERNS[0])
-    if full in last:
-        values["full"] = last[full]["score"]                         # with all three modalities
+    values["full"] = last[data.pattern_name(PATTERNS[0])]["score"]   # with all three modalities
     prompts = {name: p for name, p in method.named_parameters() if p.requires_grad} if method.frozen else None
     results = run.finish(values, prompts, f"{args.method}: accuracy after each task", final=last,
                          trainable=run.kept["trainable"], backbone=sum(p.numel() for p in method.net.parameters()),
@@ -1121,12 +1104,11 @@ SMOKE_WORLD = {"train": 64, "val": 64, "test": 96, "upstream": 256, "upstream_va
 def bench(args):
     """Step time, memory kept for the backward pass, and parameters, against the frozen backbone."""
     stream = load_stream(args)
-    names, jobs, kept, methods = list(dict.fromkeys(("none", args.method, "finetune"))), [], [], []
-    for name in names:
+    rows, _ = utterances(stream.tasks[:1], "train", args.device)
+    rows, t, methods = rows[:args.batch], number(stream.tasks[0]), {}
+    for name in ("none", args.method, "finetune"):
         one = METHODS[name](make_backbone(args, stream), Store(stream, args.device), args)
-        methods.append(one.to(args.device).train())
-    first = stream.tasks[0]
-    rows, t = torch.as_tensor(first.train.rows[:args.batch], device=args.device), number(first)
+        methods[name] = one.to(args.device).train()
 
     def step(method):
         learns = any(p.requires_grad for p in method.parameters())
@@ -1136,32 +1118,23 @@ def bench(args):
             method.zero_grad()
             loss.backward()
 
-    for method in methods:
-        stored = {}                                              # storage -> bytes kept for the backward pass
-
-        def note(x):
-            stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            step(method)
-        kept.append(sum(stored.values()) / 2 ** 20)
-        jobs.append(lambda method=method: step(method))
-    times = metrics.seconds(args.device, *jobs, repeats=30)
-    total = sum(p.numel() for p in methods[0].net.parameters())
+    steps = {name: functools.partial(step, method) for name, method in methods.items()}
+    times = metrics.seconds(args.device, *steps.values(), repeats=30)
+    total = sum(p.numel() for p in methods["none"].net.parameters())
     print(f"batch {len(rows)}, {args.data}, backbone {args.backbone} with {total} parameters, {args.device}, "
           f"{torch.get_num_threads()} threads\n{'':14}ms/step  x frozen  samples/s  MiB for backward  learned")
-    for name, method, second, mib in zip(names, methods, times, kept):
-        count = sum(p.numel() for p in method.parameters() if p.requires_grad)
-        print(f"{name:12}{1e3 * second:9.1f}  {second / times[0]:8.1f}  {len(rows) / second:9.0f}  {mib:16.1f}  "
-              f"{count} ({100 * count / total:.2f} %)" + ("" if count else "  forward only"))
+    for name, second in zip(methods, times):
+        count = sum(p.numel() for p in methods[name].parameters() if p.requires_grad)
+        print(f"{name:12}{1e3 * second:9.1f}  {second / times[0]:8.1f}  {len(rows) / second:9.0f}  "
+              f"{metrics.for_backward_mb(steps[name]):16.1f}  {count} ({100 * count / total:.2f} %)"
+              f"{'' if count else '  forward only'}")
 
 
 def settle(args):
-    """The arguments of one run, with the defaults that depend on others.  Raises InputError for those that do
-    not fit."""
+    """The arguments of one run, with the defaults that depend on others.  Raises InputError if they do not fit."""
     args = metrics.settle_shared(args)
     args.lr = METHODS[args.method].lr if args.lr is None else args.lr
-    args.epochs = args.epochs or (6 if is_small(args) else 30)
+    args.epochs = args.epochs or (2 if args.smoke else 6 if is_small(args) else 30)
     return args
 
 
@@ -1176,16 +1149,13 @@ def parse_args(argv=None):
                              "msa: self-attention encoders; mult: crossmodal ones (open in the paper)",
                              backbone="msa", batch=64, eval_batch=512, grad_clip=0.8)
     add, number = p.add_argument, metrics.positive
-    add("--folds", type=metrics.natural, nargs="+", default=[0],
-        help="of <file>.npz, or IEMOCAP's cross-validation sets")
-    add("--samples", default="shared", choices=("shared", "disjoint"),
-        help="do tasks mask the same utterances or own ones (open)")
-    add("--max-length", type=number, default=50,
-        help="longer sequences are averaged over that many windows (real data)")
+    add("--folds", type=metrics.natural, nargs="+", default=[0], help="of <file>.npz, or IEMOCAP's sets")
+    add("--samples", default="shared", choices=("shared", "disjoint"), help="are tasks the same utterances (open)")
+    add("--max-length", type=number, default=50, help="longer real sequences are averaged over that many windows")
     add("--width", type=number, default=30, help="D of prompts and backbone; paper 30")
     add("--heads", type=number, default=5, help="of the backbone's attention")
-    add("--layers", type=number, default=5, help="MSA layers of each modality (open in the paper)")
-    add("--fusion-layers", type=number, default=3, help="layers over the three sequences together (open in the paper)")
+    add("--layers", type=number, default=5, help="MSA layers of each modality (open)")
+    add("--fusion-layers", type=number, default=3, help="layers over the three sequences together (open)")
     add("--pre-epochs", type=number, default=20, help="epochs of pre-training on complete modalities")
     add("--length", type=number, default=16, help="prompt length L; paper 16 (Figure 5)")
     add("--prompts", nargs="*", default=list(KINDS), choices=KINDS, metavar="KIND", help="kinds attached (Table 3)")
@@ -1193,26 +1163,19 @@ def parse_args(argv=None):
     add("--depths", nargs=3, type=metrics.natural, default=[1, 1, 1], metavar=("N_M", "N_A", "N_S"),
         help="layers that carry each kind (open)")
     add("--start", type=metrics.natural, default=0, help="first layer with a prompt, from 0 (Table 6)")
-    add("--keys", default="shared", choices=("shared", "modality"),
-        help="one pair of missing keys, or one per modality (open)")
-    add("--pairs", default="both", choices=("both", "first", "second", "none"),
-        help="pairs in Eq. 7: (i,j), (m,n) (Table 4)")
+    add("--keys", default="shared", choices=("shared", "modality"), help="missing keys: one pair, or three (open)")
+    add("--pairs", default="both", choices=("both", "first", "second", "none"), help="those in Eq. 7 (Table 4)")
     add("--trade-off", type=metrics.finite, default=1.0, help="lambda of Eq. 7 (open)")
     add("--tau", type=metrics.above_zero, default=0.5, help="temperature of Eq. 6 (open)")
     add("--gamma", type=metrics.finite, default=0.1, help="gamma of Eq. 8 (open)")
-    add("--weight", type=metrics.finite, help="of a compared method's own term: DER++ alpha, EWC lambda, iCaRL, LwF, L2P, "
-        "DualPrompt; default: the method's own")
-    add("--buffer", type=number, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250 and 500")
+    add("--weight", type=metrics.finite, help="of a compared method's own loss term; default: the method's own")
+    add("--buffer", type=number, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250, 500")
     args = metrics.check_shared(p.parse_args(argv))
     args.options = {}                                      # arguments of the class without a flag, for tables
-    if args.smoke:
-        args.epochs = args.epochs or 2
     if args.backbone not in BACKBONES:
         raise InputError(f"--backbone is {' or '.join(BACKBONES)}, not {args.backbone!r}")
     if sorted(args.sequence) != sorted(KINDS):
         raise InputError(f"--sequence needs each of {' '.join(KINDS)} once, not {' '.join(args.sequence)}")
-    if len({*args.folds}) < len(args.folds):
-        raise InputError("--folds must not repeat a number: the same run twice is no second measurement")
     args.out = args.out or f"runs/missing_prompt-{'tables' if args.table else args.method}"
     return args
 
@@ -1263,27 +1226,28 @@ def affect_config(args):
 
 
 def teach_backbone(args, stream, net):
-    """Trains net on complete modalities, keeps the epoch with the lowest validation loss.  Raises InputError
-    if none is finite."""
+    """Trains net on complete modalities, keeps the epoch with the lowest validation loss.
+
+    Raises InputError if none is finite.
+    """
     train, val = stream.extra["upstream"]
     store, best, device = Store(stream, args.device), (math.inf, None), torch.device(args.device)
     rows, val = (torch.as_tensor(part.rows, device=device) for part in (train, val))
     optimizer = adam(net.parameters(), 1e-3, device)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.pre_epochs * math.ceil(len(rows) / 64))
-    bar = tqdm(range(args.pre_epochs), desc="pre-training on complete modalities", disable=args.quiet, leave=False)
-    for _ in bar:
+    for epoch in range(args.pre_epochs):
         net.train()
         parts = rows[torch.randperm(len(rows)).to(device)].split(64)
 
         def loss_of(step):
             b = store.batch(parts[step])
             return store.loss(net(net.embed(b.x)), b.y)
-        metrics.fit("", loss_of, optimizer, schedule, len(parts), PRE_CLIP, quiet=True)
+        text = f"pre-training on complete modalities, epoch {epoch + 1}/{args.pre_epochs}"
+        metrics.fit(text, loss_of, optimizer, schedule, len(parts), PRE_CLIP, args.quiet)
         net.eval()
         with torch.no_grad():
             output = torch.cat([net(net.embed(store.batch(part).x)) for part in val.split(512)])
         value = store.loss(output, store.y[val]).item()
-        bar.set_postfix(val=f"{value:.3f}")
         if value < best[0]:
             best = value, copy.deepcopy(net.state_dict())
     if best[1] is None:
@@ -1293,13 +1257,12 @@ def teach_backbone(args, stream, net):
 
 
 def cached_backbone(args, stream, net):
-    """net trained on complete modalities, from the cache if this configuration and these utterances were met
-    before."""
+    """net trained on complete modalities; from the cache, if this was done before with these utterances."""
     from safetensors.torch import load_file, save
     train, _ = stream.extra["upstream"]
     parts = [np.ascontiguousarray(x[train.rows]).tobytes() for x in (*train.features.values(), train.label)]
-    known = [affect_config(args), stream.extra["version"], stream.extra["scoring"], *map(metrics.content, parts)]
-    key = metrics.digest(known)
+    about = affect_config(args), stream.extra["version"], stream.extra["scoring"]
+    key = metrics.digest([*about, *map(metrics.content, parts)])
     path = data.cache_folder() / f"affect-{args.backbone}-{key}.safetensors"
     if path.exists():
         with contextlib.suppress(Exception):                         # a broken file is made anew

@@ -1405,12 +1405,12 @@ def missing_toy(method, text, label, w=1.0, **settings):
 def test_missing_table_1_and_pairs():
     assert len(mp.PATTERNS) == len(set(mp.PATTERNS)) == 7 and all(mp.PATTERNS)
     assert mp.PATTERNS[0] == set(MODALITIES)
-    assert mp.mirror_pairs(mp.PATTERNS) == ((1, 2), (4, 6))
+    assert mp.PAIRS == ((1, 2), (4, 6))
     swap = {"audio": "text", "text": "audio", "video": "video"}
-    for i, j in mp.mirror_pairs(mp.PATTERNS):
-        assert {swap[m] for m in mp.PATTERNS[i]} == mp.PATTERNS[j]
-    assert mp.mirror_pairs(mp.PATTERNS[::-1]) == ((5, 4), (2, 0))
-    assert mp.mirror_pairs(mp.PATTERNS[:3]) == ((1, 2), None)
+    for i, j in mp.PAIRS:
+        assert {swap[m] for m in mp.PATTERNS[i]} == mp.PATTERNS[j] != mp.PATTERNS[i]
+    paired = {mp.PATTERNS[k] for pair in mp.PAIRS for k in pair}
+    assert all({swap[m] for m in p} == p for p in {*mp.PATTERNS} - paired)           # no other pair is left out
 
 
 @pytest.mark.parametrize("keys", ["shared", "modality"])
