@@ -855,7 +855,9 @@ def _mini_affect(n, rng, world, classes=0):
         where = np.argsort(rng.random((n, length)), axis=1)[:, :2]   # (n,2) the steps that speak
         arousal = r + (1.5 if m == "text" else 0.7) * rng.standard_normal(n)
         evidence = world["signal"][m] * s + world["shown"][m] * b + world["noise"][m] * u[m]
-        value = world["gain"] * evidence[:, None] * q[0] + 2 * q[2] + (arousal[:, None] * q[1] if classes else 0)
+        value = world["gain"] * evidence[:, None] * q[0] + 2 * q[2]
+        if classes:
+            value = value + arousal[:, None] * q[1]
         x[np.arange(n)[:, None], where] += value[:, None]            # (n,2,dim)
         features[m] = x.astype(np.float32)
     label = (2 * (s > 0) + (r > 0)).astype(np.int64) if classes else s.astype(np.float32)
@@ -1060,7 +1062,8 @@ def _read_iemocap(root, source, fold):
                 raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} of {split} lack)")
             rows = [np.asarray(f[k][()], np.float32)[:longest[m]] for k in keys]
             rows = [(x - scale[0]) / scale[1] for x in rows] if m == "audio" else rows
-            part[m] = np.stack([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]).astype(np.float32)
+            padded = [np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]
+            part[m] = np.stack(padded).astype(np.float32)
         raw[split] = part
     for f in opened.values():
         f.close()
@@ -1133,7 +1136,9 @@ def describe_affect(source="mini", patterns=None, **options):
 
     def accuracy(weights, seen):
         guess, truth = table(task.test.rows, seen) @ weights, label[task.test.rows]
-        return 100 * np.mean(guess.argmax(1) == truth.argmax(1) if truth.shape[1] > 1 else (guess > 0) == (truth > 0))
+        if truth.shape[1] > 1:
+            return 100 * np.mean(guess.argmax(1) == truth.argmax(1))
+        return 100 * np.mean((guess > 0) == (truth > 0))
     full = fit(MODALITIES)
     lines = [f"{extra['version']}: " + ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
              + f"; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test per task", *stream.notes,
@@ -1217,7 +1222,9 @@ def _object_picture(rng, kind="photo"):
         for _ in range(40):
             spot = rng.randrange(_SIDE), rng.randrange(_SIDE)
             draw.point(spot, fill=tuple(rng.randint(120, 255) for _ in range(3)))
-    shapes, colours = (_OPTIONS["shape"], _OPTIONS["colour"]) if kind == "diagram" else (_SHAPES, list(_COLOURS))
+    shapes, colours = _SHAPES, list(_COLOURS)
+    if kind == "diagram":
+        shapes, colours = _OPTIONS["shape"], _OPTIONS["colour"]
     shape, colour, size = rng.choice(shapes), rng.choice(colours), rng.randint(12, 14)
     column, row = _place(rng)
     x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (column, row))
@@ -1361,7 +1368,8 @@ def mini_coin_sample(task, rng):
     while True:                                          # GQA, REC and VQAv2 share their pictures, as in CoIN
         image, facts = _scene_picture(rng)
         facts = _scene_facts(facts["objects"])
-        skill = {"GQA": rng.choice(list(_SIDES)), "REC": "locate", "VQAv2": rng.choice(("colour", "count"))}[task]
+        side, either = rng.choice(list(_SIDES)), rng.choice(("colour", "count"))
+        skill = {"GQA": side, "REC": "locate", "VQAv2": either}[task]
         if facts[skill]:
             break
     argument, answer = rng.choice(facts[skill])
