@@ -1586,7 +1586,6 @@ def _coin_file(path, task, root, count):
 
 
 def _coin(root, seed, limit):
-    from collections import Counter
     folder = Path(root) / "Instructions_Original"
     if not folder.is_dir():
         raise InputError(f"{folder} is not there; CoIN is expected as {COIN_TREE}")
@@ -1633,18 +1632,24 @@ def instruction_stream(source="mini", root=None, seed=0, sizes=(240, 60, 100), l
     raise InputError(f"--data {source}: unknown; one of mini, coin")
 
 
-def describe_mini_coin(path, columns=8, seed=0):
-    """Writes a sheet of mini-CoIN, one row a task, to `path` (PNG); returns one line of text a task."""
-    from PIL import Image
+def describe_mini_coin(path=None, columns=8, seed=0):
+    """One line of text a task: the first of `columns` samples.  path: also draws a sheet of them as PNG, one
+    row of pictures a task below its line; a question without a picture leaves a gap."""
+    from PIL import Image, ImageDraw
     rng, lines = random.Random(seed), []
-    sheet = Image.new("RGB", (columns * 104, len(COIN) * 104), "white")
+    width, height = 104, 122                                         # a picture of 96 pixels and its line of text
+    sheet = Image.new("RGB", (columns * width, len(COIN) * height), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, task in enumerate(COIN):
         for j in range(columns):
             image, question, instruction, answer = mini_coin_sample(task, rng)
             if image is not None:
-                sheet.paste(image.resize((96, 96), 0), (j * 104 + 4, i * 104 + 4))
-        lines.append(f"{task}: {' '.join(f'{question} {instruction}'.split())} -> {answer}")
-    sheet.save(path)
+                sheet.paste(image.resize((96, 96), 0), (j * width + 4, i * height + 22))
+            if j == 0:
+                lines.append(f"{task}: {' '.join(f'{question} {instruction}'.split())} -> {answer}")
+        draw.text((4, i * height + 6), lines[-1], fill=(0, 60, 160))
+    if path:
+        sheet.save(path)
     return lines
 
 
@@ -1652,7 +1657,7 @@ def describe_mini_coin(path, columns=8, seed=0):
 # `python data.py SOURCE` shows what a stream holds before anything is trained on it.
 
 
-def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
+def mini_vqa_sheet(path, rows=3, columns=4, seed=0):
     """A sheet of labelled scenes as PNG: a picture, its regions, and two questions with their answers."""
     from PIL import Image, ImageDraw
     rng = random.Random(seed)
@@ -1671,7 +1676,9 @@ def mini_vqa_sheet(path, rows=4, columns=5, seed=0):
             question, answer = ask(rng, scene, kind)
             draw.text((x, y + 150 + j * 34), f"{kind}: {question}?", fill=(90, 90, 90))
             draw.text((x + 10, y + 164 + j * 34), answer, fill=(0, 60, 160))
-    sheet.save(path)
+    # A palette makes the file three times smaller; this way of choosing it keeps the rare colours of objects.
+    palette = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette.save(path, optimize=True)
 
 
 def main():
@@ -1687,7 +1694,8 @@ def main():
     if args.source == "mini-affect":
         return print(describe_affect("mini"))
     if args.source == "mini-coin":
-        return print(describe_mini_coin(args.sheet or "mini-coin.png") or f"wrote {args.sheet or 'mini-coin.png'}")
+        print("\n".join(describe_mini_coin(args.sheet, seed=args.seed)))
+        return print(f"wrote {args.sheet}") if args.sheet else None
     if args.source == "mini-vqa" and args.sheet:
         mini_vqa_sheet(args.sheet, seed=args.seed)
         return print(f"wrote {args.sheet}")
