@@ -2929,7 +2929,8 @@ def test_every_equation_is_in_the_guide_and_in_the_code(page, script, count):
         return found
     guide, source = (HERE / page).read_text(), paper_section(script) + (HERE / "metrics.py").read_text()
     assert numbers("\n".join(re.findall(r"^### (.*)$", guide, re.M))) >= set(range(1, count + 1))
-    assert guide.count("$$") >= 2 * len(re.findall(r"^### Eq", guide, re.M))        # a formula each
+    assert guide.count("```math\n") >= len(re.findall(r"^### Eq", guide, re.M)) > 0      # a formula each
+    assert "$$" not in guide                             # there GitHub's Markdown drops the backslash of \, and \{
     lines = [line for line in source.splitlines() if re.search(r"Eq\. \d", line)]
     for n in range(1, count + 1):
         assert any(re.search(rf"# .*=.*Eq\. {n}\b|# .*[Aa]cc.*Eq\. {n}\b|# .*Eq\. [\d, ]*\b{n}\b", line) for line in lines), (script, n)
@@ -2947,6 +2948,9 @@ def test_table_figures_of_the_guides_come_from_results(page):
     """A table marked with its JSON shows the mean and standard deviation of the runs in it, rounded."""
     tables = re.findall(r"<!-- (results/[\w./]+\.json): ([\w ]+) -->\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", (HERE / page).read_text())
     assert len(tables) >= 3
+    # no line of measured figures outside the marked tables
+    marked = [line for *_, body in tables for line in body.splitlines() if " ± " in line]
+    assert marked and marked == re.findall(r"^\|.*\d ± \d.*$", (HERE / page).read_text(), re.M)
     for path, names, body in tables:
         rows = {row["label"]: row for row in json.loads((HERE / path).read_text())["rows"]}
         for line in body.strip().splitlines():
@@ -2956,6 +2960,10 @@ def test_table_figures_of_the_guides_come_from_results(page):
                 x = metric_values(rows[label], name)
                 mean, std = metrics.mean_std(x) if x else (0, 0)
                 assert cell == ("-" if not x else f"{mean:.1f} ± {std:.1f}" if len(x) > 1 else f"{mean:.1f}"), (path, label, name)
+            for cell in cells[len(names.split()):]:                  # the paper's, as the table's rows hold them
+                said = [None if x == "-" else float(x) for x in cell.split(" / ")]
+                held = rows[label].get("paper") or [None]
+                assert [x for x in said if x is not None] == [x for x in held if x is not None], (path, label, cell)
 
 
 # Each figure of README's verdicts: (as it stands there, table, row, metric).
