@@ -1487,7 +1487,7 @@ def _mini_coin(seed, sizes):
                                 "text": f"{question}\n{instruction}" if instruction else question})
             splits.append(samples)
         tasks.append(Task(task, *splits))
-    return Stream(tasks, [f"mini-CoIN version {MINI_COIN}, seed {seed}"])
+    return Stream(tasks, [f"mini-CoIN version {MINI_COIN}, seed {seed}"], {"version": f"mini-CoIN {MINI_COIN}"})
 
 
 def sample_picture(sample):

@@ -107,7 +107,7 @@ class ModalPrompt(nn.Module):
     projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad setting.
     """
 
-    needs_guidance = True
+    needs_guidance, one_stage = True, False
     # Rates of the prompts and of Proj_p on mini-CoIN, each the best of a grid; the paper's 2e-4 elsewhere.
     lr, lr_projector, lr_large = 5e-3, 2e-3, 2e-4
 
@@ -464,8 +464,7 @@ class VLM:
         how = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad}
         how.update(generate)
         # No task number and no other weights: the frozen model f, and the chosen prompts in front.
-        # y = f([X~_p; X_v; X_instruct]; theta)
-        # Eq. 9
+        # y = f([X~_p; X_v; X_instruct]; theta)                                                          Eq. 9
         tokens = self._call(self.model.generate, prefix, places, **inputs, **how)[:, places.shape[1]:]
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -521,13 +520,13 @@ def load_backbone(args, stream=None):
 #   select(x_v, x_t) -> prefix, chosen        an answer
 #   end_task()                                freezes what belongs to the task
 # Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real
-# backbones; needs_guidance, whether CLIP has to look.  A constructor asks by name for what it needs: see
-# build_method.
+# backbones; needs_guidance, whether CLIP has to look; one_stage, whether it learns all tasks at once.  A
+# constructor asks by name for what it needs: see build_method.
 
 
-class Frozen(nn.Module):
-    """Zero-shot, the lower bound: the frozen model, no prefix.  The others inherit the rest from it."""
-    needs_guidance, lr, lr_large = False, 0.0, 2e-4
+class Method(nn.Module):
+    """What the compared methods share: no prefix, and nothing to begin or to end."""
+    needs_guidance, one_stage, lr, lr_large = False, False, 0.0, 2e-4
 
     def __init__(self, width):
         super().__init__()
@@ -540,10 +539,15 @@ class Frozen(nn.Module):
         pass
 
     def forward(self, x_v, x_t):
-        return x_v.new_zeros(len(x_v), 0, self.width), {}
+        return self.select(x_v, x_t)[0], {}
 
     def select(self, x_v, x_t):
         return x_v.new_zeros(len(x_v), 0, self.width), None
+
+
+class Frozen(Method):
+    """Zero-shot, the lower bound: the frozen model as it is."""
+    one_stage = True
 
 
 class LoRA(nn.Module):
@@ -579,7 +583,7 @@ class LoRA(nn.Module):
         return h @ self.B[i].T * self.scale                              # (...,E r) @ (E r,out)
 
 
-class Finetune(Frozen):
+class Finetune(Method):
     """Sequential fine-tuning: one LoRA for all tasks, which nothing keeps from forgetting."""
     lr = 5e-4
 
@@ -588,16 +592,12 @@ class Finetune(Frozen):
         self.lora = LoRA(vlm, rank, 2 * rank)
 
 
-class Joint(Frozen):
+class Joint(Finetune):
     """Multi-task training, the upper bound: the same LoRA, on the samples of all tasks at once."""
-    lr = 2e-4
-
-    def __init__(self, vlm, rank=16):
-        super().__init__(vlm.width)
-        self.lora = LoRA(vlm, rank, 2 * rank)
+    lr, one_stage = 2e-4, True
 
 
-class MoELoRA(Frozen):
+class MoELoRA(Method):
     """CoIN's method: several LoRA experts with a router; they share the rank of one among them."""
     lr = 2e-3
 
@@ -618,7 +618,7 @@ def vocabulary_rows(token_embeddings, shape, generator):
     return token_embeddings.detach()[rows].float().clone()
 
 
-class L2P(Frozen):
+class L2P(Method):
     """Wang et al. 2022b: one pool for all tasks; the N prompts with the nearest keys go in front.
 
     Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's
@@ -647,7 +647,7 @@ class L2P(Frozen):
         return self(x_v, x_t)[0], None
 
 
-class DualPrompt(Frozen):
+class DualPrompt(Method):
     """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert
     prompt (10) a task in the upper ones, each layer with its own tokens.
 
@@ -699,7 +699,7 @@ class DualPrompt(Frozen):
         return self.prefix(chosen), chosen[:, None]
 
 
-class CODAPrompt(Frozen):
+class CODAPrompt(Method):
     """Smith et al. 2023: p = sum_m w_m P_m with w_m = cos(q * A_m, K_m).
 
     10 components of length 10 (appendix D), shared out over the T tasks; those of earlier tasks are frozen.
@@ -742,7 +742,7 @@ class CODAPrompt(Frozen):
         return self.select(x_v, x_t)[0], {"ortho": self.ortho * loss}
 
 
-class ProgressivePrompts(Frozen):
+class ProgressivePrompts(Method):
     """Razdaibiedina et al. 2023: the sets of all tasks, in a row, always; only the current one learns."""
     lr = 1e-3
 
@@ -760,9 +760,6 @@ class ProgressivePrompts(Frozen):
 
     def select(self, x_v, x_t):
         return torch.cat(list(self.prompts)).expand(len(x_v), -1, -1), None              # (B,tL,D)
-
-    def forward(self, x_v, x_t):
-        return self.select(x_v, x_t)[0], {}
 
 
 METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "moelora": MoELoRA, "l2p": L2P,
@@ -832,6 +829,7 @@ def learn_task(args, backbone, method, task, run):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     samples, vlm = task.train, backbone.vlm
     x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
+    lengths = [len(vlm.answer_ids(s)) for s in samples]                  # answer tokens: Eq. 5 is their mean
     steps = math.ceil(len(samples) / args.batch)
     warm = max(1, round(0.03 * args.epochs * steps))
     for epoch in run.epochs(args.epochs, learning, optimizer, task.name):
@@ -842,16 +840,17 @@ def learn_task(args, backbone, method, task, run):
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * min(1.0, (step + 1) / warm)
             rows = order[i * args.batch:(i + 1) * args.batch].tolist()
-            n_tokens = sum(len(vlm.answer_ids(samples[r])) for r in rows)
+            n_tokens = sum(lengths[r] for r in rows)
             few = math.ceil(len(rows) / args.accum)                 # --accum parts a batch, the same gradient
             for part in (rows[j:j + few] for j in range(0, len(rows), few)):
                 prefix, losses = method(x_v[part].to(vlm.device), x_t[part].to(vlm.device))      # Eq. 2-4, 6
                 language, _ = vlm.loss([samples[r] for r in part], prefix)                       # Eq. 5
                 weight = args.own_weight * (len(part) / len(rows))
                 loss = total_loss(language / n_tokens, losses, weight)                           # Eq. 7
-                run.check(loss.item(), step, optimizer)
+                value = loss.item()
+                run.check(value, step, optimizer)
                 loss.backward()
-                total += loss.item()
+                total += value
             nn.utils.clip_grad_norm_([*learning.values()], args.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -886,11 +885,6 @@ def summary(A):
             "B": float(metrics.backward_transfer(A).mean()), "M": float(metrics.mean_accuracy(A).mean())}
 
 
-def world(args):
-    """What was learned, with its version: figures of two versions must not be compared."""
-    return f"mini-CoIN {MINI_COIN}" if args.data == "mini" else args.data
-
-
 def run(args, folder):
     """One method, one seed: learns the stream and leaves `folder`; returns what results.json holds."""
     metrics.prepare(args, small=args.backbone == "mini")
@@ -907,19 +901,18 @@ def run(args, folder):
     run.say(f"samples   {'  '.join(counts)}")
     run.say("\n".join(f"note      {note}" for note in stream.notes))
 
-    bound = args.method in ("none", "joint")                             # they know no tasks: one stage
     for t in range(run.stage + run.begun):                     # a killed run had begun these: as many prompts
         begin_task(args, backbone, method, t)
         if t < run.stage:
             method.end_task()
     run.restore(method=method)                                           # and these are the prompts it had
-    for t, task in run.tasks(stream.mixed() if bound else stream.tasks):
+    for t, task in run.tasks(stream.mixed() if method.one_stage else stream.tasks):
         if run.fresh:                                                    # a killed run may have begun it
             begin_task(args, backbone, method, t)
             run.kept["trainable"] = sum(p.numel() for p in method.parameters() if p.requires_grad)
         learn_task(args, backbone, method, task, run)
         method.end_task()
-        seen = stream.tasks if bound else stream.tasks[:t + 1]
+        seen = stream.tasks if method.one_stage else stream.tasks[:t + 1]
         told = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
         run.row([one["score"] for one in told])
         run.kept.setdefault("official", []).append([one["official"] for one in told])
@@ -939,7 +932,7 @@ def run(args, folder):
             alpha, beta = method.similarities(x_v.to(args.device), x_t.to(args.device))
             near.append(alpha.mean(0) / 2 + beta.mean(0) / 2)
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
-    return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=world(args),
+    return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=stream.extra.get("version", args.data),
                       official=summary(official), official_matrix=official,
                       selection_counts=run.kept["counts"] or np.zeros((T, T)),
                       trainable_a_task=trainable, frozen=frozen, share_percent=100 * trainable / frozen,
@@ -1235,7 +1228,7 @@ def main(argv=None):
         metrics.keep_means(args.out, results)
     if args.data == "mini" and not args.smoke:
         labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
-        comparison = metrics.worth("modalprompt", world(args), labels, "Last")
+        comparison = metrics.worth("modalprompt", f"mini-CoIN {MINI_COIN}", labels, "Last")
         if comparison:
             print(comparison)
     print(metrics.last_line(name, results, COLUMNS))
