@@ -26,12 +26,11 @@ One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the
 the sets with the nearest prototypes are put in front of the input.  Only the current task's set learns.
 """
 import argparse
+import functools
 import inspect
-import json
 import math
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,6 +40,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import metrics
 from data import (MINI_COIN, MINI_WORD, InputError, instruction_stream, mini_coin_upstream, mini_coin_words,
@@ -97,6 +97,12 @@ class Guidance(nn.Module):
         return x_v, x_t.float()                                          # (B,G) (B,G)
 
 
+def vocabulary_rows(token_embeddings, shape, generator=None):
+    """Copies of random rows of token_embeddings (V,D), (*shape,D): words that the language model can read."""
+    rows = torch.randint(len(token_embeddings), shape, generator=generator).to(token_embeddings.device)
+    return token_embeddings.detach()[rows].float().clone()
+
+
 class ModalPrompt(nn.Module):
     """The prompts X_p^t, their prototypes, and the choice between them.
 
@@ -129,9 +135,8 @@ class ModalPrompt(nn.Module):
         """
         self.end_task()
         device = token_embeddings.device
-        # A prompt starts as copies of random words, which the language model can already read.
-        rows = torch.randint(len(token_embeddings), (self.length,), generator=generator).to(device)
-        self.prompts.append(nn.Parameter(token_embeddings.detach()[rows].float().clone()))       # (L,D)
+        # A prompt starts as random words: the language model understands it from the first step on.
+        self.prompts.append(nn.Parameter(vocabulary_rows(token_embeddings, (self.length,), generator)))      # (L,D)
         # Proj_p^t leads from the width of the language model to that of the guidance: a small MLP.
         self.projector = nn.Sequential(nn.Linear(self.width, self.width), nn.SiLU(),
                                        nn.Linear(self.width, self.guidance_width)).to(device)
@@ -272,6 +277,9 @@ def total_loss(language, losses, weight=1.0):
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions. USER: {image}{text} ASSISTANT:")
 PLAIN = "USER: {image}{text} ASSISTANT:"
+# What this way of learning would get wrong without a word, by the name in the model's configuration.
+UNSUPPORTED = {"paligemma": "in evaluation mode it reads an answer in both directions, so that training would "
+               "show it the words it has to foretell"}
 
 
 class LayeredPrefix(NamedTuple):
@@ -297,6 +305,8 @@ class VLM:
     """
 
     def __init__(self, model, processor, template="chat"):
+        if model.config.model_type in UNSUPPORTED:
+            raise InputError(f"{model.config.model_type} cannot be used: {UNSUPPORTED[model.config.model_type]}")
         self.model, self.processor = model.requires_grad_(False).eval(), processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.embedding = model.get_input_embeddings()
@@ -306,6 +316,9 @@ class VLM:
         self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         if self.pad is None:
             self.pad = self.eos
+        # The tokenizer's own first token.  SmolVLM names one that it never adds: there it begins a turn of the chat.
+        first = self.tokenizer("a")["input_ids"][0]
+        self.bos = first if first == self.tokenizer.bos_token_id else None
         # The prefix and its places while the model runs, and None otherwise.
         self._items, self._prefix, self._places, self.fired = {}, None, None, 0
         self.embedding.register_forward_hook(self._write_prefix)
@@ -319,6 +332,12 @@ class VLM:
             return getattr(stack[0].self_attn, "is_causal", False), len(stack)
         stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
         return max((m for m in stacks if len(m) and hasattr(m[0], "self_attn")), key=rank, default=[])
+
+    @property
+    @torch.no_grad()
+    def vocabulary(self):
+        """(V,D): the words as the model reads them (Gemma's embedding layer scales its rows)."""
+        return self.embedding(torch.arange(len(self.embedding.weight), device=self.device))
 
     # ---- where the prompts enter
     def _places_of(self, B, S):
@@ -387,6 +406,7 @@ class VLM:
         if image is not None:
             more["images"] = [image]
         item = dict(self.processor(text=[text], return_tensors="pt", **more))
+        item.pop("labels", None)                                         # ours are those of Eq. 5
         if key is not None:
             self._items[key] = item
         return item
@@ -423,11 +443,11 @@ class VLM:
                                       "placeholders": (0, 1, 0)}.get(name, (0, 0, 0))
         left = max(item["input_ids"].shape[1] for item in items)
         right = max(map(len, tails))
-        bos, rows = self.tokenizer.bos_token_id, []
+        rows = []
         for item, tail in zip(items, tails):
             ids = item["input_ids"][0]
             own = item[name][0].long() if name in item else torch.zeros_like(ids)
-            head = int(bos is not None and ids[0] == bos)                # 1 where a BOS comes first, else 0
+            head = int(self.bos is not None and ids[0] == self.bos)      # 1 where a BOS comes first, else 0
             answer = tail if said is None else [said] * len(tail)
             rows.append(torch.cat([own.new_full((left - len(ids),), padding), own[:head],
                                    own.new_full((P,), placeholder), own[head:], own.new_tensor(answer),
@@ -495,21 +515,22 @@ def load_backbone(args, stream=None):
                          "openai/clip-vit-large-patch14-336 or a folder")
     if args.backbone == "mini":
         model, processor, clip, clip_processor = small_models(args.backbone_seed)
-        for p in (*model.parameters(), *clip.parameters()):       # tables of positions stay in full precision
+        for p in model.parameters():                                     # tables of positions stay in full precision
             p.data = p.data.to(kind)
     else:
         model = metrics.from_pretrained(tf.AutoModelForImageTextToText, args.backbone, "--backbone", dtype=kind)
         processor = metrics.from_pretrained(tf.AutoProcessor, args.backbone, "--backbone")
     if args.clip is not None:
-        clip = metrics.from_pretrained(tf.CLIPModel, args.clip, "--clip", dtype=kind)
+        # Full precision whatever --dtype says: bf16 would change which sets are nearest.
+        clip = metrics.from_pretrained(tf.CLIPModel, args.clip, "--clip", dtype=torch.float32)
         clip_processor = metrics.from_pretrained(tf.AutoProcessor, args.clip, "--clip")
     vlm = VLM(model.to(args.device), processor, args.template)
     if args.checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()                                                    # checkpointing looks at this flag
-        for module in model.modules():                                   # but nothing frozen drops out
-            if isinstance(module, nn.Dropout):
-                module.eval()
+        # A layer keeps what enters it and runs again in the backward pass.  What enters has the prompts in it
+        # already: they come before the layer's forward.  transformers' own way needs a model in training mode,
+        # which would answer in that mode too, and starts before the prompts come.
+        for layer in vlm.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return Backbone(vlm, Guidance(clip.to(args.device), clip_processor))
 
 
@@ -598,24 +619,17 @@ class Joint(Finetune):
 
 
 class MoELoRA(Method):
-    """CoIN's method: several LoRA experts with a router; they share the rank of one among them."""
+    """CoIN's method: eight LoRA experts of the paper's rank, and a router that mixes them token by token."""
     lr = 2e-3
 
     def __init__(self, vlm, rank=16, experts=8):
         super().__init__(vlm.width)
-        each = max(1, rank // experts)
-        self.lora = LoRA(vlm, each, 2 * each, experts)
+        self.lora = LoRA(vlm, rank, 2 * rank, experts)
 
 
 def query(x_v, x_t):
     """What the prompt pools below are asked with: both modalities, like ours.  (B,G), unit length."""
     return F.normalize(F.normalize(x_v, dim=-1) + F.normalize(x_t, dim=-1), dim=-1)
-
-
-def vocabulary_rows(token_embeddings, shape, generator):
-    """Copies of random rows (...,D), the paper's start for every prompt."""
-    rows = torch.randint(len(token_embeddings), shape, generator=generator).to(token_embeddings.device)
-    return token_embeddings.detach()[rows].float().clone()
 
 
 class L2P(Method):
@@ -672,7 +686,7 @@ class DualPrompt(Method):
             self.started = True
         shape = (len(self.high), self.length)
         self.experts.append(nn.Parameter(vocabulary_rows(token_embeddings, shape, generator)))
-        self.keys.append(nn.Parameter(torch.empty(self.guidance_width).uniform_(-1, 1).to(token_embeddings.device)))
+        self.keys.append(nn.Parameter(torch.zeros(self.guidance_width, device=token_embeddings.device)))
 
     def end_task(self):
         for p in [*self.experts, *self.keys]:
@@ -690,7 +704,10 @@ class DualPrompt(Method):
 
     def forward(self, x_v, x_t):
         now = torch.full((len(x_v),), len(self.experts) - 1, device=x_v.device)
-        near = (query(x_v, x_t) @ F.normalize(self.keys[-1], dim=-1)).mean()
+        q = query(x_v, x_t)                                              # (B,G)
+        if not self.keys[-1].any():                              # a key starts where its task's first questions lie
+            self.keys[-1].data.copy_(q.mean(0))
+        near = (q @ F.normalize(self.keys[-1], dim=-1)).mean()
         return self.prefix(now), {"pull": 1 - near}
 
     def select(self, x_v, x_t):
@@ -811,7 +828,7 @@ def guide(backbone, method, samples, batch=64):
 def begin_task(args, backbone, method, t):
     """Begins task t; what it draws depends on the seed and t alone, so a resumed run draws the same."""
     torch.manual_seed(args.seed * 7919 + t)
-    method.begin_task(backbone.vlm.embedding.weight, torch.Generator().manual_seed(args.seed * 7919 + t))
+    method.begin_task(backbone.vlm.vocabulary, torch.Generator().manual_seed(args.seed * 7919 + t))
 
 
 def learn_task(args, backbone, method, task, run):
@@ -915,13 +932,13 @@ def run(args, folder):
         seen = stream.tasks if method.one_stage else stream.tasks[:t + 1]
         told = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
         run.row([one["score"] for one in told])
-        run.kept.setdefault("official", []).append([one["official"] for one in told])
-        run.kept["counts"] = [torch.bincount(one["chosen"].flatten(), minlength=T).tolist()
-                              for one in told if one["chosen"] is not None]
+        run.kept["official"] = float(np.mean([one["official"] for one in told]))
+        picks = [one["chosen"] for one in told if one["chosen"] is not None]     # of each task's questions
+        run.kept["counts"] = [torch.bincount(x.flatten(), minlength=T).tolist() for x in picks]
+        run.kept["own"] = [100 * (x == i).any(1).float().mean().item() for i, x in enumerate(picks)]
+        if picks:
+            run.say(f"own prompt set in front: {' '.join(f'{x:.0f}' for x in run.kept['own'])} % of a task's questions")
 
-    official = np.full((T, T), np.nan)
-    for row in run.kept["official"]:
-        official[len(row) - 1, :len(row)] = row
     trainable = run.kept["trainable"]
     frozen = sum(p.numel() for p in backbone.vlm.model.parameters())
     more, prompts = {}, None
@@ -933,7 +950,7 @@ def run(args, folder):
             near.append(alpha.mean(0) / 2 + beta.mean(0) / 2)
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
     return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=stream.extra.get("version", args.data),
-                      official=summary(official), official_matrix=official,
+                      official={"Last": run.kept["official"]}, own_percent=run.kept["own"],
                       selection_counts=run.kept["counts"] or np.zeros((T, T)),
                       trainable_a_task=trainable, frozen=frozen, share_percent=100 * trainable / frozen,
                       notes=stream.notes, **more)
@@ -977,9 +994,10 @@ TABLES = {
     "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "length 1", "length 2",
                      "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora", "experts 16"),
     "fig4": table_of("Figure 4: what is near to what, and what is chosen; B: lower is better", "modalprompt")}
-# Table 6 (--bench of four methods): memory in MiB, tokens per second, trainable share in %, on an A6000.
-PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalprompt": (15517, 3.43, 0.27),
-           "progressive": ("-", "-", "-")}
+# Table 6, what --bench prints beside its own figures.
+PAPER_6 = {name: f"  (paper, LLaVA-1.5-7B on an A6000: {memory} MiB, {speed} tokens/s, trainable {share} %)" for
+           name, memory, speed, share in (("moelora", 16784, 2.41, 4.73), ("coda", 16073, 2.90, 1.97),
+                                          ("modalprompt", 15517, 3.43, 0.27))}
 
 
 # =============================================================================================== command line
@@ -989,79 +1007,68 @@ PAPER_6 = {"moelora": (16784, 2.41, 4.73), "coda": (16073, 2.90, 1.97), "modalpr
 
 
 def table_notes(args, table):
-    """What some tables and figures say beside their rows: lines of Markdown, and pictures in the folder."""
-    done, lines = table.done(), []
-    done = {label: [*runs.values()] for label, runs in done.items() if runs}
-    if not done:
-        return lines
-    tasks, folder = next(iter(done.values()))[0]["tasks"], table.folder
+    """What Tables 2 and 10 and Fig. 4 say beside their rows: lines of Markdown; Fig. 4 is two pictures too."""
+    lines = []
 
-    def mean(label, key):
-        return np.mean([np.array(r[key], float) for r in done[label]], 0)
-    if args.table == "2":                                                # which tasks make the mean
-        lines += ["", "Last by task:", "", "| | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
-        lines += [f"| {label} | " + " | ".join(f"{x:.1f}" for x in mean(label, "matrix")[-1]) + " |" for label in done]
-        official = [f"{label} {np.mean([r['official']['Last'] for r in done[label]]):.1f}" for label in done]
-        lines += ["", f"Last with the official scoring (REC, ImageNet and OCRVQA differ): {', '.join(official)}"]
-    if args.table in ("10", "fig4"):
-        for label in done:
-            A = mean(label, "matrix")
-            lines += ["", f"{label}, mean of {len(done[label])} seeds (rows: after learning)", "", "```",
-                      metrics.format_matrix(A, tasks), "```"]
-            metrics.heat_map(A, folder / f"matrix-{label}.png", tasks, tasks, f"{label}: A[t,i]")
-    if args.table == "fig4":
-        near, picked = mean("modalprompt", "similarity"), mean("modalprompt", "selection_counts")
-        picked = 100 * picked / picked.sum(1, keepdims=True)             # counts to shares, in percent
-        metrics.heat_map(near, folder / "fig4-similarity.png", tasks, tasks, "similarity: prototype x task", 0, 1)
-        metrics.heat_map(picked, folder / "fig4-selection.png", tasks, tasks, "% of picks: task x prompt set", 0, 34)
-        for title, X in (("Similarity of prototype (row) and task (column)", near),
-                         ("Share of picks in %: task (row), set (column)", picked)):
-            values = [f"{name:<10}" + " ".join(f"{x:6.2f}" for x in row) for name, row in zip(tasks, X)]
-            lines += ["", title, "", "```", *values, "```"]
+    def show(title, A, tasks):
+        lines.extend(["", title, "", "```", metrics.format_matrix(A, tasks), "```"])
+    for label, runs in table.done().items():
+        if not runs or args.table not in ("2", "10", "fig4"):
+            continue
+        runs = [*runs.values()]
+        tasks, n = runs[0]["tasks"], f"mean of {len(runs)} seeds"
+        A, near, picked = (np.mean([np.array(r.get(k, np.nan), float) for r in runs], 0)
+                           for k in ("matrix", "similarity", "selection_counts"))
+        show(f"{label}, {n} (rows: after learning)", A, tasks)
+        official = np.mean([r["official"]["Last"] for r in runs])
+        lines += ["", f"Last of {label} with the official scoring (REC and ImageNet differ): {official:.1f}"]
+        if args.table == "fig4":
+            for title, X, name in (("Prototype (row) and task (column), cosine x 100", 100 * near, "similarity"),
+                                   ("Task (row), share of its picks in %: prompt set (column)",
+                                    100 * picked / picked.sum(1, keepdims=True), "selection")):
+                show(f"{title}, {n}", X, tasks)
+                metrics.heat_map(X, table.folder / f"fig4-{name}.png", tasks, tasks, title)
     return lines
 
 
 def answer_one(args):
     """--answer IMAGE "question" --prompts FILE: prints the answer and the prompt sets chosen.
 
-    The saved prompts bring their prototypes, so no task number is needed; the models must be those they were learned
-    with, which results.json beside the file knows for the small backbone.
+    The saved prompts bring their prototypes, so no task number is needed.  The models and the template are those
+    of the run that left the file, as results.json beside it says; a flag on the command line comes before that.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     image, question = args.answer
     path = Path(args.prompts or "")
-    if not args.prompts or not path.is_file():
-        raise InputError("--answer needs --prompts FILE, the prompts.safetensors of a run; "
-                         f"{args.prompts or 'none'} is not there")
-    try:
-        with metrics.one_clear_line():
-            method = ModalPrompt.from_tensors(load_file(path))
-    except SafetensorError as e:
-        raise InputError(f"{path} is not a safetensors file ({e}); use the prompts.safetensors of a run")
+    if not path.is_file():
+        raise InputError(f"--answer needs --prompts FILE, the prompts.safetensors of a run; {path} is not a file")
     if image != "none" and (problem := picture_problem(image)):
         raise InputError(f"{image}: {problem}; give a picture file, or the word none for a question without a picture")
-    results = metrics.finished(path.parent) or {}
-    learned = results.get("args", {})
-    if args.backbone == "mini" and learned.get("backbone", "mini") != "mini":
-        raise InputError(f"these prompts belong to --backbone {learned['backbone']}; give it and its --clip")
-    if args.backbone_seed is None:
-        args.backbone_seed = learned.get("backbone_seed")
-    args.seed = args.seeds[0]
+    try:
+        method = ModalPrompt.from_tensors(load_file(path))
+    except (SafetensorError, ValueError) as e:
+        raise InputError(f"{path} is not a safetensors file of ModalPrompt's prompts ({e})")
+    results, unsaid = metrics.finished(path.parent) or {}, vars(parse_args([]))
+    for name in ("backbone", "backbone_seed", "clip", "template", "dtype"):
+        if getattr(args, name) == unsaid[name]:
+            setattr(args, name, results.get("args", {}).get(name, unsaid[name]))
     vlm, guidance = load_backbone(settle(args))
     if (vlm.width, guidance.width) != (method.width, method.guidance_width):
         raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip "
                          f"have {vlm.width} and {guidance.width}; give the models it was learned with")
-    method = method.to(args.device)
     sample = {"image": None if image == "none" else image, "text": question.replace("\\n", "\n"), "pad": True}
-    prefix, chosen = method.select(*guidance([sample_picture(sample)], [sample["text"]]))
+    prefix, chosen = method.to(args.device).select(*guidance([sample_picture(sample)], [sample["text"]]))
     names = results.get("tasks") or [str(i + 1) for i in range(len(method.prompts))]
     print(vlm.answer([sample], prefix, args.max_new_tokens)[0])
     print(f"prompt sets, nearest last: {' '.join(names[i] for i in chosen[0].tolist())}", file=sys.stderr)
 
 
 def bench(args):
-    """Parameters, memory, step time and tokens per second of one method; how time grows with the tasks."""
+    """Parameters, memory, step time and tokens per second of one method; how time grows with the tasks.
+
+    Beside them stands Table 6 of the paper, where it has the method.
+    """
     meta = args.backbone == "7b" and args.device == "cpu"              # shapes only: nothing is stored or run
     if args.backbone == "7b":
         with torch.device("meta" if meta else args.device):
@@ -1071,84 +1078,47 @@ def bench(args):
         backbone = Backbone(VLM(model, processor, "plain"), Guidance(clip, clip_processor))
     else:
         backbone = load_backbone(args)
-    vlm, guidance = backbone
-    base = sum(p.numel() for p in vlm.model.parameters())
-
-    def begun(T, end):
-        """The method with T tasks begun, untrained: what costs time does not depend on what was learned."""
-        method = build_method(args, backbone, range(T))
-        for t in range(T):
-            method.begin_task(vlm.embedding.weight, torch.Generator().manual_seed(t))
-            if end:
-                method.end_task()
-        return method.to(vlm.device)
-    method = begun(8, end=False)
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    row = {"method": args.method, "trainable": trained, "frozen": base, "share_percent": 100 * trained / base}
-    if meta:
-        print(f"{args.method} at LLaVA-1.5-7B shapes: trainable {trained:,} a task = {row['share_percent']:.2f} % of "
-              f"{base:,}; memory and time: not run, that needs a GPU with about 24 GB")
-        return row
+    vlm, row = backbone.vlm, {}
     task = load_stream(args).tasks[0]
     train, test = (task.train * 99)[:args.batch], (task.test * 99)[:args.eval_batch]
 
-    def look(samples):
-        return [x.to(args.device) for x in guidance([sample_picture(s) for s in samples], [s["text"] for s in samples])]
+    def begun(T):
+        """The method with T tasks begun, untrained: what costs time does not depend on what was learned."""
+        method = build_method(args, backbone, range(T))
+        for t in range(T):
+            method.begin_task(vlm.vocabulary, torch.Generator().manual_seed(t))
+        return method.to(vlm.device)
 
-    def step():
-        prefix, losses = method(*look(train))
-        language, n = vlm.loss(train, prefix)
-        total_loss(language / n, losses).backward()
+    def look(method, samples):                                     # copies: no sample may remember what CLIP saw
+        return [x.to(args.device) for x in guide(backbone, method, [{**s} for s in samples])]
 
     def answering(method):
         def job():
-            prefix, _ = method.select(*look(test))
-            vlm.answer(test, prefix, max_new_tokens=8, min_new_tokens=8)
+            vlm.answer(test, method.select(*look(method, test))[0], max_new_tokens=8, min_new_tokens=8)
         return job
-    if trained:
-        row["step_seconds"] = metrics.seconds(args.device, step)[0]
-    ours, frozen = metrics.seconds(args.device, answering(method), answering(Frozen(vlm.width)))
-    row["answer_seconds"], row["frozen_answer_seconds"] = ours / len(test), frozen / len(test)
-    row["tokens_per_second"], row["peak_memory_mb"] = 8 / row["answer_seconds"], metrics.peak_memory_mb()
-    if args.method in ("modalprompt", "progressive"):
-        few, many = metrics.seconds(args.device, answering(begun(8, end=True)), answering(begun(64, end=True)), repeats=21)
-        row["64_over_8_tasks"] = many / few
-    rest = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("method", "trainable", "frozen", "share_percent")]
-    print(f"{args.method:<12} trainable {trained:,} ({row['share_percent']:.2f} %)  {'  '.join(rest)}")
-    return row
+    if not meta:                                                       # before LoRA hangs its hooks on the model
+        row["frozen s/answer"] = metrics.seconds(args.device, answering(Frozen(vlm.width)))[0] / len(test)
+    method = begun(8)
+    trained, frozen = (sum(p.numel() for p in ps if p.requires_grad == learns) for ps, learns in
+                       ((method.parameters(), True), (vlm.model.parameters(), False)))
 
-
-def table6(args):
-    """Table 6: memory, time and trainable share, one process a method; the backbone stands in the title."""
-    folder, rows = Path(args.out), []
-    code = "import json, sys, modalprompt as m; print(json.dumps(m.bench(m.settle(m.parse_args(sys.argv[1:])))))"
-    flags = ["--backbone", args.backbone, "--device", args.device, "--batch", str(args.batch), "--eval-batch",
-             str(args.eval_batch), "--dtype", args.dtype, *(["--clip", args.clip] if args.clip else []),
-             *["--smoke"] * args.smoke]
-    for name in PAPER_6:
-        done = subprocess.run([sys.executable, "-c", code, "--method", name, *flags], capture_output=True, text=True,
-                              cwd=Path(__file__).parent)
-        if done.returncode:
-            raise InputError(f"the bench of {name} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
-        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    env = metrics.environment()
-    lines = [f"Table 6 on --backbone {args.backbone}, {env['hardware']}, batch {args.batch}; (paper) is LLaVA-1.5-7B on "
-             "A6000.", "", "| | memory MiB | (paper) | s/step | tokens/s | (paper) | trainable % | (paper) | "
-             "time at 64 tasks / at 8 |", "|---" * 9 + "|"]
-    for row in rows:
-        memory, speed, share = PAPER_6[row["method"]]
-
-        def cell(key, form, missing="not run"):
-            return format(row[key], form) if key in row else missing
-        cells = [row["method"], cell("peak_memory_mb", ".0f"), memory, cell("step_seconds", ".3f"),
-                 cell("tokens_per_second", ".0f"), speed, cell("share_percent", ".2f"), share,
-                 cell("64_over_8_tasks", ".3f", "-")]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    with metrics.atomic(folder / "table6.md") as f:
-        f.write("\n".join(lines) + "\n")
-    with metrics.atomic(folder / "table6.json") as f:
-        json.dump({"rows": rows, "environment": env}, f, indent=1)
-    print("\n".join(lines))
+    def step():
+        prefix, losses = method(*look(method, train))
+        language, n = vlm.loss(train, prefix)
+        total_loss(language / n, losses).backward()
+    if not meta:
+        if trained:
+            row["s/step"] = metrics.seconds(args.device, step)[0]
+        method.end_task()
+        row["s/answer"] = metrics.seconds(args.device, answering(method))[0] / len(test)
+        row |= {"tokens/s": 8 / row["s/answer"], "peak MiB": metrics.peak_memory_mb()}
+        if args.method in ("modalprompt", "progressive"):
+            few, many = metrics.seconds(args.device, answering(method), answering(begun(64)), repeats=21)
+            row["time at 64 tasks / at 8"] = many / few
+    print(f"{args.method} on {args.backbone}: trainable {trained:,} a task = {100 * trained / frozen:.2f} % of {frozen:,}  " +
+          ("memory and time: not run, that needs a GPU with about 24 GB" if meta else
+           "  ".join(f"{k} {v:.4g}" for k, v in row.items())) + PAPER_6.get(args.method, ""))
+    return {"trainable": trained, "frozen": frozen, **row}
 
 
 def settle(args):
@@ -1168,7 +1138,7 @@ def settle(args):
 
 def parse_args(argv=None):
     p = metrics.shared_flags("ModalPrompt: continual instruction tuning with dual-modality guided prompts.", METHODS,
-                             [*TABLES, "6"], "mini (mini-CoIN, built in) or coin (CoIN's files)",
+                             TABLES, "mini (mini-CoIN, built in) or coin (CoIN's files)",
                              "mini, a Hugging Face image-text-to-text id or a folder; --bench: 7b, LLaVA-1.5-7B's shapes",
                              epochs=5, batch=16, eval_batch=100)
     g = p.add_argument_group("ModalPrompt")
@@ -1179,7 +1149,7 @@ def parse_args(argv=None):
     g.add_argument("--selection", default=True, action=YES_NO, help="Eq. 8: top-k at test; without it all sets")
     g.add_argument("--own-weight", type=metrics.finite, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' "
                    "own losses (pull of the keys, orthogonality), as a multiple of their default")
-    g.add_argument("--rank", type=positive, default=16, help="rank of LoRA; MoELoRA divides it among its experts")
+    g.add_argument("--rank", type=positive, default=16, help="rank of LoRA, and of each expert of MoELoRA")
     g.add_argument("--experts", type=positive, default=8, help="experts of MoELoRA")
     g = p.add_argument_group("its data and backbone")
     g.add_argument("--limit", type=positive, help="keep this many samples of each CoIN file, seeded")
@@ -1210,8 +1180,6 @@ def main(argv=None):
         return pretrain(args)
     if args.bench:
         return bench(settle(args))
-    if args.table == "6":
-        return table6(settle(args))
     if args.table:
         table = metrics.Table(args, settle, against="modalprompt", columns=COLUMNS, compare=("Last",),
                               paper=" / ".join(COLUMNS), **TABLES[args.table])

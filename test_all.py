@@ -2392,6 +2392,11 @@ def test_modal_pool_baselines_against_loops():
     dual = modal.DualPrompt(8, 6, n_layers=4, general=1, length=2)
     for t in range(3):
         dual.begin_task(table)
+        dual(x_v[t:t + 2], x_t[t:t + 2])                                 # a key starts at the mean query of its first batch
+        assert torch.allclose(dual.keys[t], (q[t] / q[t].norm() + q[t + 1] / q[t + 1].norm()) / 2, atol=1e-6)
+    start = dual.keys[2].detach().clone()
+    dual(x_v, x_t)                                                       # and only there
+    assert torch.equal(dual.keys[2], start)
     assert dual.low == [0, 1] and dual.high == [2, 3]
     _, chosen = dual.select(x_v, x_t)
     for b in range(4):
@@ -2558,6 +2563,56 @@ def test_modal_accumulation_and_checkpointing_leave_the_gradient_alone(modal_tin
             assert torch.allclose(x, y, atol=1e-4 * x.abs().max() + 1e-7)
 
 
+def test_modal_checkpointing_answers_alike_and_recomputes_deep_prompts(modal_tiny):
+    said, gradients = [], []
+    for flags in ([], ["--checkpointing"]):
+        vlm, guidance = modal_load(modal_tiny, *flags)
+        torch.manual_seed(0)
+        method, samples = modal.DualPrompt(vlm.width, guidance.width, len(vlm.layers)), modal_samples(6)
+        method.begin_task(vlm.vocabulary, torch.Generator().manual_seed(0))
+        x = guidance([s["image"] for s in samples], [s["text"] for s in samples])
+        vlm.loss(samples, method(*x)[0])[0].backward()                   # layers run again: their prompts must be there
+        gradients.append([method.general.grad, method.experts[0].grad])
+        said.append(vlm.answer(samples, method.select(*x)[0], max_new_tokens=6))
+        assert not vlm.model.training
+    assert said[0] == said[1]
+    for a, b in zip(*gradients):
+        assert a.abs().sum() > 0 and torch.allclose(a, b, atol=1e-5 * a.abs().max())
+
+
+def test_modal_guidance_is_in_full_precision_whatever_the_dtype(modal_tiny):
+    samples = modal_samples(6)
+    seen = [modal_load(modal_tiny, "--dtype", kind)[1]([s["image"] for s in samples], [s["text"] for s in samples])
+            for kind in ("fp32", "bf16")]
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    mini = [modal.load_backbone(modal_args("--dtype", kind)) for kind in ("fp32", "bf16")]
+    assert mini[1].guidance.clip.dtype == torch.float32 and mini[1].vlm.model.dtype == torch.bfloat16
+
+
+def test_modal_hyper_parameters_are_the_papers(modal_tiny):
+    """Section 4.1 and appendix D: M = 10, k = 3, alpha and beta alike; pools, lengths and ranks of the compared methods."""
+    vlm, guidance = modal_load(modal_tiny)
+    args = modal_args()
+    of = lambda name: modal.build_method(modal_args("--method", name), modal.Backbone(vlm, guidance), range(8))
+    ours = of("modalprompt")
+    assert (ours.length, ours.top_k, ours.lam, ours.fusion, ours.selection) == (10, 3, 0.5, True, True)
+    assert (args.own_weight, ours.lr_large) == (1.0, 2e-4)
+    assert (of("l2p").shape, of("l2p").top, of("l2p").pull) == ((10, 10), 3, 0.5)
+    dual = of("dualprompt")
+    assert (dual.general.shape[1], dual.length) == (3, 10)
+    assert (of("coda").pool, of("coda").length, of("progressive").length) == (10, 10, 10)
+    lora = of("moelora").lora                                            # rank 16 is that of each of eight experts
+    assert (lora.rank, lora.experts, len(lora.A[0])) == (16, 8, 128)
+    assert {kind.lr_large for kind in modal.METHODS.values()} == {2e-4}
+
+
+def test_modal_lam_is_the_pictures_weight():
+    method = modal_method(4, lam=0.2, begun=False)
+    x_v, x_t = torch.randn(3, 6), torch.randn(3, 6)
+    alpha, beta = method.similarities(x_v, x_t)
+    assert torch.allclose(method.scores(x_v, x_t), 0.2 * alpha + 0.8 * beta)
+
+
 def test_modal_twelve_tasks_leave_vocabulary_and_earlier_prompts_alone(modal_tiny, tmp_path):
     backbone = modal.Backbone(*modal_load(modal_tiny))
     vlm, args = backbone.vlm, modal_args("--epochs", "1", "--batch", "4", "--length", "2")
@@ -2647,6 +2702,35 @@ def test_modal_other_families_read_the_prompts(name):
     if name == "qwen2.5-vl":                                             # its 3-D positions are those of the grown sequence
         inputs, mask, _ = vlm.encode(samples, 6)
         assert inputs["mm_token_type_ids"].shape == mask.shape and not inputs["mm_token_type_ids"][mask].any()
+
+
+def test_modal_families_that_need_care():
+    """BOS is what the tokenizer adds; a processor's own labels stay out; Gemma scales its rows; PaliGemma is refused."""
+    tf = modal.transformers_quietly()
+    model, n, extra = modal_family("smolvlm")
+    tokenizer = modal_word_processor(60, "<image>")
+    tokenizer.bos_token = "w9"                                           # as SmolVLM's <|im_start|>: a mark of the chat
+    processor = ModalFakeProcessor(tokenizer, "<image>", n, lambda ids, n: {"labels": ids, **extra(ids, n)})
+    vlm = modal.VLM(model, processor)
+    processor.chat_template, processor.apply_chat_template = "x", lambda *a, **k: "w9 w1 w2"
+    vlm.template = "chat"
+    inputs, places, _ = vlm.encode([{"image": None, "text": "", "answer": "w4"}], 3)
+    assert places[0].nonzero().flatten().tolist() == [0, 1, 2] and "labels" not in inputs
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=16)
+    eyes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    gemma = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4,
+                                                              image_token_index=4))
+    vlm = modal.VLM(gemma, processor)
+    assert torch.allclose(vlm.vocabulary, vlm.embedding.weight * 32 ** 0.5, rtol=1e-2)
+    method = modal.ModalPrompt(32, 6, length=2)
+    args = modal_args()
+    modal.begin_task(args, modal.Backbone(vlm, None), method, 0)
+    assert all(any(torch.equal(row, word) for word in vlm.vocabulary) for row in method.prompts[0])
+    pali = tf.PaliGemmaConfig(text_config={**text, "model_type": "gemma"}, vision_config={**eyes, "model_type": "siglip_vision_model"},
+                              image_token_index=4)
+    with pytest.raises(InputError, match="paligemma cannot be used"):
+        modal.VLM(tf.PaliGemmaForConditionalGeneration(pali), processor)
 
 
 # ---- data
@@ -2775,7 +2859,10 @@ def test_modal_resume_equals_uninterrupted_and_coin_runs_by_path(tmp_path, modal
     modal.main([*common[4:8], *ask])
     out = capsys.readouterr()
     assert out.out.strip() and all(n in out.err for n in ("ScienceQA", "REC", "VQAv2"))
-    with pytest.raises(data.InputError, match="--backbone"):
+    modal.main(ask)                                                  # the run knows its models
+    assert capsys.readouterr() == out
+    (tmp_path / "whole/results.json").rename(tmp_path / "away.json")
+    with pytest.raises(data.InputError, match="widths"):
         modal.main(ask)
     picture.write_bytes(picture.read_bytes()[:200])
     with pytest.raises(data.InputError, match="truncated"):
@@ -2792,6 +2879,21 @@ def test_modal_smoke_bench_and_clear_errors(tmp_path):
     done = modal_run(tmp_path, "--smoke", "--order", "0", "1", code=2)
     assert "--order" in done.stderr and "Traceback" not in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"r"}                 # nothing half-written
+
+
+def test_modal_bench_charges_a_method_for_what_it_uses(capsys, monkeypatch):
+    hooks = lambda: sum(len(m._forward_hooks) for b in loaded for layer in b.vlm.layers for m in layer.modules())
+    loaded, timed, looked, load, seconds = [], [], [], modal.load_backbone, metrics.seconds
+    monkeypatch.setattr(modal, "load_backbone", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    monkeypatch.setattr(metrics, "seconds", lambda *a, **k: timed.append(hooks()) or seconds(*a, **{**k, "repeats": 1}))
+    monkeypatch.setattr(modal.Guidance, "forward", lambda self, images, texts: looked.append(len(texts)) or (torch.ones(len(texts), 64),) * 2)
+    modal.bench(modal_args("--method", "moelora", "--smoke"))
+    assert not looked and timed[0] == 0 and min(timed[1:]) > 0           # no CLIP; the frozen model without LoRA's hooks
+    loaded.clear()
+    modal.bench(modal_args("--method", "l2p", "--smoke"))
+    assert len(looked) == 4                                              # a step and an answer, each warmed up and timed once
+    out = modal.bench(modal_args("--method", "moelora", "--backbone", "7b", "--device", "cpu"))
+    assert 4.5 < 100 * out["trainable"] / out["frozen"] < 4.9 and "trainable 4.73 %" in capsys.readouterr().out
 
 
 def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(capsys, tmp_path, monkeypatch):
