@@ -946,8 +946,7 @@ def run(args, folder):
         prompts, near = method.tensors(), []
         for task in stream.tasks:                                    # Fig. 4: every prototype with every task
             x_v, x_t = guide(backbone, method, getattr(task, args.split))
-            alpha, beta = method.similarities(x_v.to(args.device), x_t.to(args.device))
-            near.append(alpha.mean(0) / 2 + beta.mean(0) / 2)
+            near.append(method.scores(x_v.to(args.device), x_t.to(args.device)).mean(0))
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
     return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=stream.extra.get("version", args.data),
                       official={"Last": run.kept["official"]}, own_percent=run.kept["own"],
