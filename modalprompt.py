@@ -373,8 +373,7 @@ class VLM:
         return hook
 
     def _call(self, function, prefix, places, **kwargs):
-        """function(**kwargs) with the prefix armed.  Raises RuntimeError unless the hook fired once."""
-        prefix = layered(prefix)
+        """function(**kwargs) with a LayeredPrefix armed.  Raises RuntimeError unless the hook fired once."""
         if prefix.soft.shape[1] == 0:
             return function(**kwargs)
         self._prefix, self._places, self.fired = prefix, places, 0
@@ -423,17 +422,14 @@ class VLM:
         labels: answer tokens and end of sequence, -100 elsewhere (never the prompts).
         """
         items = [self._item(s) for s in samples]
-        tails = [self.answer_ids(s) if answers else [] for s in samples]
+        tails = [torch.tensor(self.answer_ids(s) if answers else [], dtype=torch.long) for s in samples]
         inputs = {}
         for name in {k for item in items for k in item}:
             # A tensor of token shape grows with the placeholders; all others are pictures and their sizes.
             of_tokens = any(name in item and item[name].shape == item["input_ids"].shape for item in items)
             inputs[name] = self._pad_tokens(name, items, tails, P) if of_tokens else self._pad_pictures(name, items)
         places = self._pad_tokens("placeholders", items, tails, P).bool().to(self.device)
-        labels = None
-        if answers:
-            tails = [torch.tensor(tail) for tail in tails]
-            labels = nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=-100).to(self.device)
+        labels = nn.utils.rnn.pad_sequence(tails, True, -100).to(self.device) if answers else None
         return {k: v.to(self.device) for k, v in inputs.items()}, places, labels
 
     def _pad_tokens(self, name, items, tails, P):
@@ -441,18 +437,15 @@ class VLM:
         # What stands in padding, in a placeholder, and at an answer token (None: the token itself).
         padding, placeholder, said = {"input_ids": (self.pad, self.eos, None), "attention_mask": (0, 1, 1),
                                       "placeholders": (0, 1, 0)}.get(name, (0, 0, 0))
-        left = max(item["input_ids"].shape[1] for item in items)
-        right = max(map(len, tails))
-        rows = []
+        questions, answers = [], []
         for item, tail in zip(items, tails):
             ids = item["input_ids"][0]
             own = item[name][0].long() if name in item else torch.zeros_like(ids)
             head = int(self.bos is not None and ids[0] == self.bos)      # 1 where a BOS comes first, else 0
-            answer = tail if said is None else [said] * len(tail)
-            rows.append(torch.cat([own.new_full((left - len(ids),), padding), own[:head],
-                                   own.new_full((P,), placeholder), own[head:], own.new_tensor(answer),
-                                   own.new_full((right - len(tail),), padding)]))
-        return torch.stack(rows)                                         # (B,S)
+            questions.append(torch.cat([own[:head], own.new_full((P,), placeholder), own[head:]]))
+            answers.append(tail if said is None else torch.full_like(tail, said))
+        pad = nn.utils.rnn.pad_sequence
+        return torch.cat([pad(questions, True, padding, "left"), pad(answers, True, padding)], 1)        # (B,S)
 
     def _pad_pictures(self, name, items):
         """Pictures of different sizes, and what describes them: zeros at their ends, then joined."""
@@ -645,12 +638,10 @@ class L2P(Method):
         self.shape, self.top, self.pull = (pool, length), top, pull
         self.pool = nn.Parameter(torch.zeros(pool, length, width))
         self.keys = nn.Parameter(torch.empty(pool, guidance_width).uniform_(-1, 1))
-        self.started = False
 
     def begin_task(self, token_embeddings, generator=None):
-        if not self.started:
-            self.to(token_embeddings.device).pool.data = vocabulary_rows(token_embeddings, self.shape, generator)
-            self.started = True
+        if not self.pool.any():                                          # the first task
+            self.pool.data.copy_(vocabulary_rows(token_embeddings, self.shape, generator))
 
     def forward(self, x_v, x_t):
         s = query(x_v, x_t) @ F.normalize(self.keys, dim=-1).T           # (B,G) @ (G,M) -> (B,M)
@@ -674,16 +665,14 @@ class DualPrompt(Method):
         super().__init__(width)
         low = max(1, min(2, n_layers // 2))
         self.low, self.high = list(range(low)), list(range(low, min(n_layers, low + 3)))
-        self.length, self.guidance_width, self.started = length, guidance_width, False
+        self.length, self.guidance_width = length, guidance_width
         self.general = nn.Parameter(torch.zeros(len(self.low), general, width))
         self.experts, self.keys = nn.ParameterList(), nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
         self.end_task()
-        if not self.started:
-            start = vocabulary_rows(token_embeddings, self.general.shape[:2], generator)
-            self.to(token_embeddings.device).general.data = start
-            self.started = True
+        if not self.general.any():                                       # the first task
+            self.general.data.copy_(vocabulary_rows(token_embeddings, self.general.shape[:2], generator))
         shape = (len(self.high), self.length)
         self.experts.append(nn.Parameter(vocabulary_rows(token_embeddings, shape, generator)))
         self.keys.append(nn.Parameter(torch.zeros(self.guidance_width, device=token_embeddings.device)))
@@ -727,17 +716,17 @@ class CODAPrompt(Method):
     def __init__(self, width, guidance_width, tasks, pool=10, length=10, ortho=0.1):
         super().__init__(width)
         self.tasks, self.pool = tasks, max(pool, tasks)                  # at least one component a task
-        self.ortho, self.t, self.length, self.guidance_width = ortho, 0, length, guidance_width
+        self.ortho, self.length, self.guidance_width = ortho, length, guidance_width
         self.P, self.K, self.A = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
         self.end_task()
-        n = (self.t + 1) * self.pool // self.tasks - self.t * self.pool // self.tasks
+        t = len(self.P)
+        n = (t + 1) * self.pool // self.tasks - t * self.pool // self.tasks
         self.P.append(nn.Parameter(vocabulary_rows(token_embeddings, (n, self.length), generator)))
         for bank in (self.K, self.A):
             start = torch.empty(n, self.guidance_width).uniform_(0, 1)
             bank.append(nn.Parameter(start.to(token_embeddings.device)))
-        self.t += 1
 
     def end_task(self):
         for p in self.parameters():
@@ -948,6 +937,9 @@ def run(args, folder):
             x_v, x_t = guide(backbone, method, getattr(task, args.split))
             near.append(method.scores(x_v.to(args.device), x_t.to(args.device)).mean(0))
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
+    if args.data == "mini" and not args.smoke:
+        labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
+        run.say(metrics.worth("modalprompt", stream.extra["version"], labels, "Last"))
     return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=stream.extra.get("version", args.data),
                       official={"Last": run.kept["official"]}, own_percent=run.kept["own"],
                       selection_counts=run.kept["counts"] or np.zeros((T, T)),
@@ -1189,16 +1181,10 @@ def main(argv=None):
     name, results = f"{args.method} {args.data}", []
     for one, folder in metrics.repetitions(args, settle):
         results.append(run(one, folder))
-        if len(args.seeds) > 1:
-            print(metrics.last_line(name, results[-1:], COLUMNS))
-    if len(args.seeds) > 1:
+        print(metrics.last_line(name, results[-1:], COLUMNS))
+    if len(results) > 1:
         metrics.keep_means(args.out, results)
-    if args.data == "mini" and not args.smoke:
-        labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
-        comparison = metrics.worth("modalprompt", f"mini-CoIN {MINI_COIN}", labels, "Last")
-        if comparison:
-            print(comparison)
-    print(metrics.last_line(name, results, COLUMNS))
+        print(metrics.last_line(name, results, COLUMNS))
 
 
 # ========================================================================================= the small backbone

@@ -2499,7 +2499,7 @@ def test_modal_left_padded_batch_equals_single_and_beams_keep_the_prompts(modal_
     assert vlm.fired == 1 and beams != vlm.answer(samples, -prefix, max_new_tokens=6, num_beams=3)
     assert beams == [vlm.answer([s], prefix[b:b + 1], max_new_tokens=6, num_beams=3)[0] for b, s in enumerate(samples)]
     with pytest.raises(RuntimeError, match="instead of once"):
-        vlm._call(lambda **k: None, prefix, torch.ones(8, 4, dtype=torch.bool))
+        vlm._call(lambda **k: None, modal.layered(prefix), torch.ones(8, 4, dtype=torch.bool))
 
 
 def test_modal_deep_prompts_land_in_their_layers(modal_tiny):
