@@ -106,8 +106,8 @@ def vocabulary_rows(token_embeddings, shape, generator=None):
 class ModalPrompt(nn.Module):
     """The prompts X_p^t, their prototypes, and the choice between them.
 
-    width D, guidance_width G, length L (M in the paper, 10), top_k k (3), lam: weight of the picture in the
-    guidance, so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
+    width D, guidance_width G, length L (M in the paper, 10), top_k k (3), answer_k: another k for answering
+    (default k), lam: weight of the picture in the guidance, so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
     (Table 5).  Earlier sets are frozen and never written again; a task keeps its set and its prototype, its
     projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad setting.
@@ -117,12 +117,13 @@ class ModalPrompt(nn.Module):
     # Rates of the prompts and of Proj_p on mini-CoIN, each the best of a grid; the paper's 2e-4 elsewhere.
     lr, lr_projector, lr_large = 5e-3, 2e-3, 2e-4
 
-    def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True):
+    def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True, answer_k=None):
         super().__init__()
         if top_k < 1 or length < 1 or not 0 <= lam <= 1:
             raise ValueError(f"top_k and length from 1 on, lam in 0..1, not {top_k}, {length}, {lam}")
         self.width, self.guidance_width, self.length = width, guidance_width, length
-        self.top_k, self.lam, self.fusion, self.selection = top_k, lam, fusion, selection
+        self.top_k, self.answer_k, self.lam = top_k, answer_k or top_k, lam
+        self.fusion, self.selection = fusion, selection
         self.prompts = nn.ParameterList()                                # t sets X_p^i, each (L,D)
         self.projector = None                                            # Proj_p^t of the current task only
         # A buffer and no parameter: prototypes of finished tasks are constants, but saved with the rest.
@@ -222,13 +223,13 @@ class ModalPrompt(nn.Module):
         else:
             # As in Eq. 4, but every task learned so far competes, for each sample by itself; nearest last.
             # X~_p^eval = X_p^{<=T} o I_k{alpha^{<=T} + beta^{<=T}}                                      Eq. 8
-            chosen = self.scores(x_v, x_t).topk(min(self.top_k, t), -1).indices.flip(-1)         # (B,k')
+            chosen = self.scores(x_v, x_t).topk(min(self.answer_k, t), -1).indices.flip(-1)      # (B,k')
         return self.gather(chosen), chosen
 
     def tensors(self):
         """What is needed to answer: a flat dict of tensors for safetensors; 0.17 MB a task at D = 4096."""
         return {"prompts": torch.stack(list(self.prompts)).detach(), "prototypes": self.prototypes.detach(),
-                "top_k": torch.tensor(self.top_k), "lam": torch.tensor(self.lam),
+                "top_k": torch.tensor(self.answer_k), "lam": torch.tensor(self.lam),
                 "selection": torch.tensor(int(self.selection))}
 
     @classmethod
@@ -963,7 +964,8 @@ CHANGES = {"zero-shot": {"method": "none"}, "multi-task": {"method": "joint"},
            "question only": {"method": "joint", "see": "question"},
            "image": {"lam": 1.0}, "text": {"lam": 0.0},
            "fusion only": {"selection": False}, "selection only": {"fusion": False},
-           **{f"k {n}": {"top_k": n} for n in (1, 2)}, **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},
+           **{f"k {n}": {"top_k": n} for n in (1, 2)}, "k 3, answers with 1": {"options": {"answer_k": 1}},
+           **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},
            **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
 
 
@@ -979,7 +981,9 @@ TABLES = {
                   "moelora", "l2p", "dualprompt", "coda", "progressive"),
     "3": table_of("Table 3: which modality guides; B: lower is better", "image", "text", "modalprompt"),
     "5": table_of("Table 5: fusion and selection; B: lower is better", "fusion only", "selection only", "modalprompt"),
-    "k": table_of("Number k of prompt sets, not in the paper; B: lower is better", "k 1", "k 2", "modalprompt"),
+    # Learned with k sets, answered with k: 1-1, 2-2, 3-3, 3-1, 1-3.
+    "k": table_of("Number k of prompt sets, not in the paper; B: lower is better", "k 1", "k 2", "modalprompt",
+                  "k 3, answers with 1", "selection only"),
     "10": table_of("Tables 10 and 11: whole matrices; B: lower is better",
                    "finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"),
     "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "length 1", "length 2",

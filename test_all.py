@@ -2270,6 +2270,9 @@ def test_modal_selection_is_per_sample_and_grows_up_to_k():
         one, pick = method.select(x_v[b:b + 1], x_t[b:b + 1])
         assert torch.equal(one[0], prefix[b]) and torch.equal(pick[0], chosen[b])
     assert [modal_method(T, top_k=3, begun=False).select(x_v, x_t)[0].shape[1] for T in (1, 2, 3, 4, 64)] == [3, 6, 9, 9, 9]
+    few = modal_method(5, top_k=3, answer_k=1)                           # learns with three sets, answers with the nearest
+    assert few(x_v, x_t)[0].shape == (7, 9, 8) and few.select(x_v, x_t)[1].shape == (7, 1)
+    assert torch.equal(few.select(x_v, x_t)[1][:, 0], modal_method(5, top_k=3).select(x_v, x_t)[1][:, -1])
     everything = modal_method(5, selection=False, begun=False).select(x_v, x_t)
     assert everything[1][0].tolist() == [0, 1, 2, 3, 4] and everything[0].shape == (7, 15, 8)
     assert modal_method(5, fusion=False)(x_v, x_t)[0].shape == (7, 3, 8)
