@@ -150,8 +150,7 @@ class ModalPrompt(nn.Module):
             self.kept = torch.cat([self.kept, self._current_prototype()[None]])                  # (t,G)
             self.projector = None
         # Frozen means frozen: what is finished gets no gradient from any later task.
-        for prompt in self.prompts:
-            prompt.requires_grad_(False)
+        self.prompts.requires_grad_(False)
 
     def _current_prototype(self):
         # What a task is about, where the guidance lives: the MLP on each of its L tokens, then their mean.
@@ -323,16 +322,9 @@ class VLM:
         # The prefix and its places while the model runs, and None otherwise.
         self._items, self._prefix, self._places, self.fired = {}, None, None, 0
         self.embedding.register_forward_hook(self._write_prefix)
-        self.layers = self._decoder_layers()
+        self.layers = model.get_decoder().layers
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._deep_hook(i), with_kwargs=True)
-
-    def _decoder_layers(self):
-        """The layers of the language model: of all stacks with self-attention the longest causal one."""
-        def rank(stack):
-            return getattr(stack[0].self_attn, "is_causal", False), len(stack)
-        stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
-        return max((m for m in stacks if len(m) and hasattr(m[0], "self_attn")), key=rank, default=[])
 
     @property
     @torch.no_grad()
@@ -540,7 +532,7 @@ def load_backbone(args, stream=None):
 
 
 class Method(nn.Module):
-    """What the compared methods share: no prefix, and nothing to begin or to end."""
+    """What the compared methods share.  What stands in a ParameterList belongs to one task each."""
     needs_guidance, one_stage, lr, lr_large = False, False, 0.0, 2e-4
 
     def __init__(self, width):
@@ -551,7 +543,9 @@ class Method(nn.Module):
         pass
 
     def end_task(self):
-        pass
+        for bank in self.children():
+            if isinstance(bank, nn.ParameterList):
+                bank.requires_grad_(False)
 
     def forward(self, x_v, x_t):
         return self.select(x_v, x_t)[0], {}
@@ -671,16 +665,11 @@ class DualPrompt(Method):
         self.experts, self.keys = nn.ParameterList(), nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
-        self.end_task()
         if not self.general.any():                                       # the first task
             self.general.data.copy_(vocabulary_rows(token_embeddings, self.general.shape[:2], generator))
         shape = (len(self.high), self.length)
         self.experts.append(nn.Parameter(vocabulary_rows(token_embeddings, shape, generator)))
         self.keys.append(nn.Parameter(torch.zeros(self.guidance_width, device=token_embeddings.device)))
-
-    def end_task(self):
-        for p in [*self.experts, *self.keys]:
-            p.requires_grad_(False)
 
     def prefix(self, chosen):
         """chosen (B,) -> the general prompt and the chosen experts, each at its layers."""
@@ -721,17 +710,12 @@ class CODAPrompt(Method):
         self.P, self.K, self.A = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
-        self.end_task()
         t = len(self.P)
         n = (t + 1) * self.pool // self.tasks - t * self.pool // self.tasks
         self.P.append(nn.Parameter(vocabulary_rows(token_embeddings, (n, self.length), generator)))
         for bank in (self.K, self.A):
             start = torch.empty(n, self.guidance_width).uniform_(0, 1)
             bank.append(nn.Parameter(start.to(token_embeddings.device)))
-
-    def end_task(self):
-        for p in self.parameters():
-            p.requires_grad_(False)
 
     def banks(self):
         return torch.cat(list(self.P)), torch.cat(list(self.K)), torch.cat(list(self.A))
@@ -758,12 +742,7 @@ class ProgressivePrompts(Method):
         self.length, self.prompts = length, nn.ParameterList()
 
     def begin_task(self, token_embeddings, generator=None):
-        self.end_task()
         self.prompts.append(nn.Parameter(vocabulary_rows(token_embeddings, (self.length,), generator)))
-
-    def end_task(self):
-        for p in self.prompts:
-            p.requires_grad_(False)
 
     def select(self, x_v, x_t):
         return torch.cat(list(self.prompts)).expand(len(x_v), -1, -1), None              # (B,tL,D)
@@ -1081,6 +1060,7 @@ def bench(args):
         """The method with T tasks begun, untrained: what costs time does not depend on what was learned."""
         method = build_method(args, backbone, range(T))
         for t in range(T):
+            method.end_task()
             method.begin_task(vlm.vocabulary, torch.Generator().manual_seed(t))
         return method.to(vlm.device)
 

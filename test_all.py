@@ -2379,6 +2379,7 @@ def test_modal_pool_baselines_against_loops():
 
     coda = modal.CODAPrompt(8, 6, tasks=3, pool=6, length=2)
     for t in range(2):
+        coda.end_task()
         coda.begin_task(table)
     P, K, A = coda.banks()
     assert len(P) == 4 and [p.requires_grad for p in coda.P] == [False, True]
