@@ -107,7 +107,8 @@ class ModalPrompt(nn.Module):
     """The prompts X_p^t, their prototypes, and the choice between them.
 
     width D, guidance_width G, length L (M in the paper, 10), top_k k (3), answer_k: another k for answering
-    (default k), lam: weight of the picture in the guidance, so that 0.5 ranks like the paper's alpha + beta, 1 is picture only and 0 text only (Table 3).
+    (default k), lam: weight of the picture in the guidance, so that 0.5 ranks like the paper's alpha + beta,
+    1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
     (Table 5).  Earlier sets are frozen and never written again; a task keeps its set and its prototype, its
     projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad setting.
@@ -117,7 +118,8 @@ class ModalPrompt(nn.Module):
     # Rates of the prompts and of Proj_p on mini-CoIN, each the best of a grid; the paper's 2e-4 elsewhere.
     lr, lr_projector, lr_large = 5e-3, 2e-3, 2e-4
 
-    def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True, answer_k=None):
+    def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True,
+                 answer_k=None):
         super().__init__()
         if top_k < 1 or length < 1 or not 0 <= lam <= 1:
             raise ValueError(f"top_k and length from 1 on, lam in 0..1, not {top_k}, {length}, {lam}")
@@ -137,7 +139,7 @@ class ModalPrompt(nn.Module):
         self.end_task()
         device = token_embeddings.device
         # A prompt starts as random words: the language model understands it from the first step on.
-        self.prompts.append(nn.Parameter(vocabulary_rows(token_embeddings, (self.length,), generator)))      # (L,D)
+        self.prompts.append(nn.Parameter(vocabulary_rows(token_embeddings, (self.length,), generator)))
         # Proj_p^t leads from the width of the language model to that of the guidance: a small MLP.
         self.projector = nn.Sequential(nn.Linear(self.width, self.width), nn.SiLU(),
                                        nn.Linear(self.width, self.guidance_width)).to(device)
@@ -187,7 +189,8 @@ class ModalPrompt(nn.Module):
 
     def gather(self, chosen):
         """chosen (B,k') task numbers in prefix order -> prefix (B,k'L,D), a task's L tokens together."""
-        return torch.stack(list(self.prompts))[chosen].flatten(1, 2)     # (t,L,D)[(B,k')] -> (B,k',L,D) -> (B,k'L,D)
+        # (t,L,D)[(B,k')] -> (B,k',L,D) -> (B,k'L,D)
+        return torch.stack(list(self.prompts))[chosen].flatten(1, 2)
 
     def forward(self, x_v, x_t):
         """Training on task t: x_v (B,G), x_t (B,G) -> prefix (B,k'L,D), {"proto": ()}.  k' = min(k,t).
@@ -236,8 +239,8 @@ class ModalPrompt(nn.Module):
         """A ModalPrompt that can select, from `tensors()`.  Raises ValueError for bad ones."""
         wrong = {"prompts", "prototypes", "top_k", "lam"} - set(saved)
         if wrong or saved["prompts"].ndim != 3 or saved["prototypes"].shape[:1] != saved["prompts"].shape[:1]:
-            raise ValueError(f"these prompts are not ModalPrompt's: {', '.join(sorted(wrong)) or 'shapes do not fit'}; "
-                             "use the prompts.safetensors of a run with --method modalprompt")
+            raise ValueError(f"{', '.join(sorted(wrong)) or 'shapes that fit'} missing; use the prompts.safetensors "
+                             "of a run with --method modalprompt")
         T, L, D = saved["prompts"].shape
         method = cls(D, saved["prototypes"].shape[1], L, int(saved["top_k"]), float(saved["lam"]),
                      selection=bool(saved.get("selection", torch.tensor(1))))
@@ -274,12 +277,12 @@ def total_loss(language, losses, weight=1.0):
 # Any image-text-to-text model of transformers, frozen.  The prompts enter at one place: a hook on the
 # embedding layer writes them over placeholder tokens (VLM._write_prefix).  Baselines that prompt deeper
 # layers use one more hook a layer (VLM._deep_hook).
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions. USER: {image}{text} ASSISTANT:")
 PLAIN = "USER: {image}{text} ASSISTANT:"
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+          "helpful, detailed, and polite answers to the user's questions. " + PLAIN)
 # What this way of learning would get wrong without a word, by the name in the model's configuration.
-UNSUPPORTED = {"paligemma": "in evaluation mode it reads an answer in both directions, so that training would "
-               "show it the words it has to foretell"}
+UNSUPPORTED = {"paligemma": "in evaluation mode it reads an answer in both directions, so that training "
+               "would show it the words it has to foretell"}
 
 
 class LayeredPrefix(NamedTuple):
@@ -305,8 +308,8 @@ class VLM:
     """
 
     def __init__(self, model, processor, template="chat"):
-        if model.config.model_type in UNSUPPORTED:
-            raise InputError(f"{model.config.model_type} cannot be used: {UNSUPPORTED[model.config.model_type]}")
+        if (kind := model.config.model_type) in UNSUPPORTED:
+            raise InputError(f"{kind} cannot be used: {UNSUPPORTED[kind]}")
         self.model, self.processor = model.requires_grad_(False).eval(), processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.embedding = model.get_input_embeddings()
@@ -316,7 +319,7 @@ class VLM:
         self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         if self.pad is None:
             self.pad = self.eos
-        # The tokenizer's own first token.  SmolVLM names one that it never adds: there it begins a turn of the chat.
+        # The tokenizer's own first token.  SmolVLM names one that it never adds: there it begins a turn.
         first = self.tokenizer("a")["input_ids"][0]
         self.bos = first if first == self.tokenizer.bos_token_id else None
         # The prefix and its places while the model runs, and None otherwise.
@@ -375,8 +378,8 @@ class VLM:
         finally:
             self._prefix = None
         if self.fired != 1:
-            raise RuntimeError(f"the prompts went in {self.fired} times instead of once: this model does not embed its "
-                               "input ids through get_input_embeddings(), it cannot be used")
+            raise RuntimeError(f"the prompts went in {self.fired} times instead of once: this model cannot be used, it "
+                               "does not embed its input ids through get_input_embeddings()")
         return out
 
     # ---- samples to tensors
@@ -438,7 +441,7 @@ class VLM:
             questions.append(torch.cat([own[:head], own.new_full((P,), placeholder), own[head:]]))
             answers.append(tail if said is None else torch.full_like(tail, said))
         pad = nn.utils.rnn.pad_sequence
-        return torch.cat([pad(questions, True, padding, "left"), pad(answers, True, padding)], 1)        # (B,S)
+        return torch.cat([pad(questions, True, padding, "left"), pad(answers, True, padding)], 1)  # (B,S)
 
     def _pad_pictures(self, name, items):
         """Pictures of different sizes, and what describes them: zeros at their ends, then joined."""
@@ -447,7 +450,8 @@ class VLM:
         whole = []
         for part in parts:
             missing = [n - m for n, m in zip(largest, part.shape[1:])]
-            whole.append(F.pad(part, [x for n in reversed(missing) for x in (0, n)]))    # F.pad counts axes from the last
+            # F.pad counts axes from the last.
+            whole.append(F.pad(part, [x for n in reversed(missing) for x in (0, n)]))
         out = torch.cat(whole)
         return out.to(self.model.dtype) if out.is_floating_point() else out
 
@@ -501,7 +505,7 @@ def load_backbone(args, stream=None):
                          "openai/clip-vit-large-patch14-336 or a folder")
     if args.backbone == "mini":
         model, processor, clip, clip_processor = small_models(args.backbone_seed)
-        for p in model.parameters():                                     # tables of positions stay in full precision
+        for p in model.parameters():                                     # tables of positions stay in fp32
             p.data = p.data.to(kind)
     else:
         model = metrics.from_pretrained(tf.AutoModelForImageTextToText, args.backbone, "--backbone", dtype=kind)
@@ -513,8 +517,8 @@ def load_backbone(args, stream=None):
     vlm = VLM(model.to(args.device), processor, args.template)
     if args.checkpointing:
         # A layer keeps what enters it and runs again in the backward pass.  What enters has the prompts in it
-        # already: they come before the layer's forward.  transformers' own way needs a model in training mode,
-        # which would answer in that mode too, and starts before the prompts come.
+        # already: they come before the layer's forward.  transformers' own way needs training mode, in which
+        # the model would answer too, and starts before the prompts come.
         for layer in vlm.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return Backbone(vlm, Guidance(clip.to(args.device), clip_processor))
@@ -684,7 +688,7 @@ class DualPrompt(Method):
     def forward(self, x_v, x_t):
         now = torch.full((len(x_v),), len(self.experts) - 1, device=x_v.device)
         q = query(x_v, x_t)                                              # (B,G)
-        if not self.keys[-1].any():                              # a key starts where its task's first questions lie
+        if not self.keys[-1].any():                                      # it starts at the first questions
             self.keys[-1].data.copy_(q.mean(0))
         near = (q @ F.normalize(self.keys[-1], dim=-1)).mean()
         return self.prefix(now), {"pull": 1 - near}
@@ -748,16 +752,15 @@ class ProgressivePrompts(Method):
         return torch.cat(list(self.prompts)).expand(len(x_v), -1, -1), None              # (B,tL,D)
 
 
-METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "moelora": MoELoRA, "l2p": L2P,
-           "dualprompt": DualPrompt, "coda": CODAPrompt, "progressive": ProgressivePrompts}
+METHODS = {"modalprompt": ModalPrompt, "none": Frozen, "finetune": Finetune, "joint": Joint, "moelora": MoELoRA,
+           "l2p": L2P, "dualprompt": DualPrompt, "coda": CODAPrompt, "progressive": ProgressivePrompts}
 
 
 def build_method(args, backbone, stream):
     """The method of --method: its constructor gets what it asks for by name."""
     vlm, kind = backbone.vlm, METHODS[args.method]
-    there = {"vlm": vlm, "width": vlm.width, "n_layers": len(vlm.layers), "guidance_width": backbone.guidance.width,
-             "tasks": len(stream), **{k: getattr(args, k) for k in ("length", "top_k", "lam", "fusion", "selection",
-                                                                    "rank", "experts")}}
+    there = {**vars(args), "vlm": vlm, "width": vlm.width, "guidance_width": backbone.guidance.width,
+             "n_layers": len(vlm.layers), "tasks": len(stream)}
     asked = {name: there[name] for name in inspect.signature(kind).parameters if name in there}
     with metrics.one_clear_line():
         return kind(**{**asked, **args.options}).to(vlm.device)
@@ -879,10 +882,10 @@ def run(args, folder):
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream)
     run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet), len(stream)
-    run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, seed {args.seed}, "
-            "no task id at test")
-    run.say(f"setup     {args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, {args.dtype}, "
-            f"{args.device}; " + ", ".join(f"{k} {v}" for k, v in metrics.environment().items()))
+    run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, "
+            f"seed {args.seed}, no task id at test")
+    run.say(f"setup     {args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, "
+            f"{args.dtype}, {args.device}; " + ", ".join(f"{k} {v}" for k, v in metrics.environment().items()))
     counts = [f"{task.name} {len(task.train)}/{len(task.val)}/{len(task.test)}" for task in stream.tasks]
     run.say(f"samples   {'  '.join(counts)}")
     run.say("\n".join(f"note      {note}" for note in stream.notes))
@@ -906,7 +909,7 @@ def run(args, folder):
         run.kept["counts"] = [torch.bincount(x.flatten(), minlength=T).tolist() for x in picks]
         run.kept["own"] = [100 * (x == i).any(1).float().mean().item() for i, x in enumerate(picks)]
         if picks:
-            run.say(f"own prompt set in front: {' '.join(f'{x:.0f}' for x in run.kept['own'])} % of a task's questions")
+            run.say(f"own prompt set in front, % of a task's questions: {' '.join(f'{x:.0f}' for x in run.kept['own'])}")
 
     trainable = run.kept["trainable"]
     frozen = sum(p.numel() for p in backbone.vlm.model.parameters())
@@ -920,11 +923,10 @@ def run(args, folder):
     if args.data == "mini" and not args.smoke:
         labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
         run.say(metrics.worth("modalprompt", stream.extra["version"], labels, "Last"))
-    return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", world=stream.extra.get("version", args.data),
-                      official={"Last": run.kept["official"]}, own_percent=run.kept["own"],
-                      selection_counts=run.kept["counts"] or np.zeros((T, T)),
-                      trainable_a_task=trainable, frozen=frozen, share_percent=100 * trainable / frozen,
-                      notes=stream.notes, **more)
+    return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", notes=stream.notes,
+                      world=stream.extra.get("version", args.data), official={"Last": run.kept["official"]},
+                      own_percent=run.kept["own"], selection_counts=run.kept["counts"] or np.zeros((T, T)),
+                      trainable_a_task=trainable, frozen=frozen, share_percent=100 * trainable / frozen, **more)
 
 
 # ===================================================================================================== tables
@@ -949,39 +951,40 @@ CHANGES = {"zero-shot": {"method": "none"}, "multi-task": {"method": "joint"},
 
 
 def table_of(title, *labels):
-    """A table's title and rows: [(label, changed arguments, the paper's numbers)].  Other labels are methods."""
+    """A table's title and rows: [(label, changed arguments, the paper's numbers)]; other labels are methods."""
     return {"title": title, "rows": [(x, CHANGES.get(x, {"method": x}), PAPER.get(x)) for x in labels]}
 
 
 TABLES = {
     "bounds": table_of("Bounds of mini-CoIN: without learning, jointly, from one modality; paper: CoIN",
                        "zero-shot", "multi-task", "picture only", "question only", "finetune"),
-    "2": table_of("Table 2: all methods; B: lower is better", "modalprompt", "zero-shot", "finetune", "multi-task",
-                  "moelora", "l2p", "dualprompt", "coda", "progressive"),
+    "2": table_of("Table 2: all methods; B: lower is better", "modalprompt", "zero-shot", "finetune",
+                  "multi-task", "moelora", "l2p", "dualprompt", "coda", "progressive"),
     "3": table_of("Table 3: which modality guides; B: lower is better", "image", "text", "modalprompt"),
-    "5": table_of("Table 5: fusion and selection; B: lower is better", "fusion only", "selection only", "modalprompt"),
+    "5": table_of("Table 5: fusion and selection; B: lower is better",
+                  "fusion only", "selection only", "modalprompt"),
     # Learned with k sets, answered with k: 1-1, 2-2, 3-3, 3-1, 1-3.
-    "k": table_of("Number k of prompt sets, not in the paper; B: lower is better", "k 1", "k 2", "modalprompt",
-                  "k 3, answers with 1", "selection only"),
+    "k": table_of("Number k of prompt sets, not in the paper; B: lower is better",
+                  "k 1", "k 2", "modalprompt", "k 3, answers with 1", "selection only"),
     "10": table_of("Tables 10 and 11: whole matrices; B: lower is better",
                    "finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"),
-    "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better", "length 1", "length 2",
-                     "length 5", "modalprompt", "length 20", "experts 2", "experts 4", "moelora", "experts 16"),
+    "fig3": table_of("Figure 3: prompt length, and experts of MoELoRA; B: lower is better",
+                     *(f"length {n}" for n in (1, 2, 5)), "modalprompt", "length 20",
+                     "experts 2", "experts 4", "moelora", "experts 16"),
     "fig4": table_of("Figure 4: what is near to what, and what is chosen; B: lower is better", "modalprompt")}
 # Table 6, what --bench prints beside its own figures.
-PAPER_6 = {name: f"  (paper, LLaVA-1.5-7B on an A6000: {memory} MiB, {speed} tokens/s, trainable {share} %)" for
-           name, memory, speed, share in (("moelora", 16784, 2.41, 4.73), ("coda", 16073, 2.90, 1.97),
-                                          ("modalprompt", 15517, 3.43, 0.27))}
+PAPER_6 = {"moelora": "16784 MiB, 2.41 tokens/s, 4.73 %", "coda": "16073 MiB, 2.90 tokens/s, 1.97 %",
+           "modalprompt": "15517 MiB, 3.43 tokens/s, 0.27 %"}
 
 
 # =============================================================================================== command line
-# One run, several seeds, a table of the paper, the cost of a method, or one answer: `main` decides at the end of
-# this section.  Shared flags and their checks are in metrics.shared_flags; here stand the paper's own.  What nobody
-# changes from a command line is an argument of its class, which a table's row reaches through "options".
+# One run, several seeds, a table of the paper, the cost of a method, or one answer: `main` decides at the end
+# of this section.  Shared flags and their checks are in metrics.shared_flags; here stand the paper's own.  What
+# nobody changes from a command line is an argument of its class, which a row reaches through "options".
 
 
 def table_notes(args, table):
-    """What Tables 2 and 10 and Fig. 4 say beside their rows: lines of Markdown; Fig. 4 is two pictures too."""
+    """What Tables 2 and 10 and Fig. 4 say beside their rows: lines of Markdown; Fig. 4 draws two pictures."""
     lines = []
 
     def show(title, A, tasks):
@@ -997,28 +1000,28 @@ def table_notes(args, table):
         official = np.mean([r["official"]["Last"] for r in runs])
         lines += ["", f"Last of {label} with the official scoring (REC and ImageNet differ): {official:.1f}"]
         if args.table == "fig4":
-            for title, X, name in (("Prototype (row) and task (column), cosine x 100", 100 * near, "similarity"),
-                                   ("Task (row), share of its picks in %: prompt set (column)",
-                                    100 * picked / picked.sum(1, keepdims=True), "selection")):
-                show(f"{title}, {n}", X, tasks)
-                metrics.heat_map(X, table.folder / f"fig4-{name}.png", tasks, tasks, title)
+            picked /= picked.sum(1, keepdims=True)
+            for title, X, name in (("Prototype (row), task (column): cosine x 100", near, "similarity"),
+                                   ("Task (row), set (column): share of picks in %", picked, "selection")):
+                show(f"{title}, {n}", 100 * X, tasks)
+                metrics.heat_map(100 * X, table.folder / f"fig4-{name}.png", tasks, tasks, title)
     return lines
 
 
 def answer_one(args):
     """--answer IMAGE "question" --prompts FILE: prints the answer and the prompt sets chosen.
 
-    The saved prompts bring their prototypes, so no task number is needed.  The models and the template are those
-    of the run that left the file, as results.json beside it says; a flag on the command line comes before that.
+    The saved prompts bring their prototypes, so no task number is needed.  The models and the template are
+    those of the run that left the file, as results.json beside it says; a flag comes before that.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     image, question = args.answer
     path = Path(args.prompts or "")
     if not path.is_file():
-        raise InputError(f"--answer needs --prompts FILE, the prompts.safetensors of a run; {path} is not a file")
+        raise InputError(f"--answer needs --prompts FILE, a run's prompts.safetensors; {path} is not a file")
     if image != "none" and (problem := picture_problem(image)):
-        raise InputError(f"{image}: {problem}; give a picture file, or the word none for a question without a picture")
+        raise InputError(f"{image}: {problem}; give a picture file, or none for a question without a picture")
     try:
         method = ModalPrompt.from_tensors(load_file(path))
     except (SafetensorError, ValueError) as e:
@@ -1029,8 +1032,8 @@ def answer_one(args):
             setattr(args, name, results.get("args", {}).get(name, unsaid[name]))
     vlm, guidance = load_backbone(settle(args))
     if (vlm.width, guidance.width) != (method.width, method.guidance_width):
-        raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone and --clip "
-                         f"have {vlm.width} and {guidance.width}; give the models it was learned with")
+        raise InputError(f"{path} was learned for widths {method.width} and {method.guidance_width}, --backbone "
+                         f"and --clip have {vlm.width} and {guidance.width}; give the models it was learned with")
     sample = {"image": None if image == "none" else image, "text": question.replace("\\n", "\n"), "pad": True}
     prefix, chosen = method.to(args.device).select(*guidance([sample_picture(sample)], [sample["text"]]))
     names = results.get("tasks") or [str(i + 1) for i in range(len(method.prompts))]
@@ -1064,14 +1067,14 @@ def bench(args):
             method.begin_task(vlm.vocabulary, torch.Generator().manual_seed(t))
         return method.to(vlm.device)
 
-    def look(method, samples):                                     # copies: no sample may remember what CLIP saw
+    def look(method, samples):                                 # copies: no sample may remember what CLIP saw
         return [x.to(args.device) for x in guide(backbone, method, [{**s} for s in samples])]
 
     def answering(method):
         def job():
             vlm.answer(test, method.select(*look(method, test))[0], max_new_tokens=8, min_new_tokens=8)
         return job
-    if not meta:                                                       # before LoRA hangs its hooks on the model
+    if not meta:                                                       # before LoRA hooks into the model
         row["frozen s/answer"] = metrics.seconds(args.device, answering(Frozen(vlm.width)))[0] / len(test)
     method = begun(8)
     trained, frozen = (sum(p.numel() for p in ps if p.requires_grad == learns) for ps, learns in
@@ -1090,9 +1093,10 @@ def bench(args):
         if args.method in ("modalprompt", "progressive"):
             few, many = metrics.seconds(args.device, answering(method), answering(begun(64)), repeats=21)
             row["time at 64 tasks / at 8"] = many / few
-    print(f"{args.method} on {args.backbone}: trainable {trained:,} a task = {100 * trained / frozen:.2f} % of {frozen:,}  " +
-          ("memory and time: not run, that needs a GPU with about 24 GB" if meta else
-           "  ".join(f"{k} {v:.4g}" for k, v in row.items())) + PAPER_6.get(args.method, ""))
+    print(f"{args.method} on {args.backbone}: trainable {trained:,} a task = {100 * trained / frozen:.2f} % of "
+          f"{frozen:,}", *(f" {k} {v:.4g}" for k, v in row.items()),
+          " memory and time: not run, that needs a GPU with about 24 GB" * meta,
+          f" (paper, A6000: {PAPER_6.get(args.method, '-')})")
     return {"trainable": trained, "frozen": frozen, **row}
 
 

@@ -2897,7 +2897,7 @@ def test_modal_bench_charges_a_method_for_what_it_uses(capsys, monkeypatch):
     modal.bench(modal_args("--method", "l2p", "--smoke"))
     assert len(looked) == 4                                              # a step and an answer, each warmed up and timed once
     out = modal.bench(modal_args("--method", "moelora", "--backbone", "7b", "--device", "cpu"))
-    assert 4.5 < 100 * out["trainable"] / out["frozen"] < 4.9 and "trainable 4.73 %" in capsys.readouterr().out
+    assert 4.5 < 100 * out["trainable"] / out["frozen"] < 4.9 and "2.41 tokens/s, 4.73 %" in capsys.readouterr().out
 
 
 def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(capsys, tmp_path, monkeypatch):
