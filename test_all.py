@@ -2879,6 +2879,9 @@ def test_modal_smoke_bench_and_clear_errors(tmp_path):
     results = json.loads((tmp_path / "r/results.json").read_text())
     assert np.array(results["matrix"], float).shape == (8, 8) and {"Last", "Avg", "B", "M"} == set(results["metrics"])
     assert np.array(results["selection_counts"]).sum() == 8 * 8 * 3 and len(results["similarity"]) == 8
+    picks = np.array(results["selection_counts"])                        # a set stands in front of a question at most once
+    assert results["own_percent"] == pytest.approx(100 * picks.diagonal() / 8) and results["world"] == f"mini-CoIN {data.MINI_COIN}"
+    assert "own prompt set in front" in out
     assert {p.name for p in (tmp_path / "r").iterdir()} >= {"matrix.csv", "matrix.png", "log.jsonl", "prompts.safetensors", "checkpoint.pt"}
     done = modal_run(tmp_path, "--smoke", "--order", "0", "1", code=2)
     assert "--order" in done.stderr and "Traceback" not in done.stderr
