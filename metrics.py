@@ -830,9 +830,9 @@ def with_seed(args):
 
 
 def spread(values):
-    """"mean ± standard deviation" of several values, one value alone, "-" for none."""
+    """"mean ± standard deviation" of several values, one value alone, "not defined" for none."""
     if len(values) < 2:
-        return f"{values[0]:.2f}" if values else "-"
+        return f"{values[0]:.2f}" if values else "not defined"
     return "{:.2f} ± {:.2f}".format(*mean_std(values))
 
 

@@ -49,6 +49,8 @@ from metrics import YES_NO, above_zero, check_shared, finite, natural, positive,
 # `nn` and `F`, this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for
 # question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
+START = 0.03       # the outputs of attention modules start small, so that queries and prompts start almost unchanged
+SPREAD = 0.2       # of a prompt's numbers at its start; T5 normalises what it reads: only spread against rate counts
 
 
 def masked_mean(x, mask):
@@ -57,9 +59,16 @@ def masked_mean(x, mask):
     return (x * m).sum(1) / m.sum(1).clamp(min=1)                    # padding neither adds nor counts
 
 
+def cosines(q, keys):
+    """cos(q, k_i) for every key.  q (B,D), keys (N,D) -> (B,N), in the precision of the keys: bf16 cannot tell
+    keys apart whose cosines differ by less than 0.004, and picks others."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.normalize(q.to(keys.dtype), dim=-1) @ F.normalize(keys, dim=-1).T
+
+
 class Attention(nn.MultiheadAttention):
-    """A(query, key, value): attention of M's tokens on other tokens.  Its output starts small, so that what
-    it is added to starts nearly unchanged.  Raises ValueError unless n_heads divides d_model.
+    """A(query, key, value): attention of M's tokens on other tokens.  Raises ValueError unless n_heads
+    divides d_model.
 
     forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
     """
@@ -68,17 +77,20 @@ class Attention(nn.MultiheadAttention):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, batch_first=True)
-        with torch.no_grad():                                        # start near "nothing added"
-            self.out_proj.weight.mul_(0.1)
+        with torch.no_grad():                                        # what it is added to hardly changes at first
+            self.out_proj.weight.mul_(START)
 
     def forward(self, query, key, value, mask=None):
+        # Where to look must not depend on how long the vectors are: tokens of length 0.2 would all get the
+        # same weight.  Values keep their length, so what is added has the size of what is looked at.
+        query, key = (F.layer_norm(x, x.shape[-1:]) for x in (query, key))
         hidden = None if mask is None else ~mask                     # torch marks what must not be seen
         return super().forward(query, key, value, key_padding_mask=hidden, need_weights=False)[0]
 
 
 class SelfAttention(nn.TransformerEncoderLayer):
-    """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each with a
-    residual.  It starts near the identity.  Raises ValueError unless n_heads divides d_model.
+    """A(x), with one argument: an encoder layer, self-attention and a feed-forward of `hidden`, each on
+    normalised tokens and with a residual.  Raises ValueError unless n_heads divides d_model.
 
     forward(x (B,N,D)) -> (B,N,D)
     """
@@ -87,9 +99,9 @@ class SelfAttention(nn.TransformerEncoderLayer):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, hidden, dropout=0.0, batch_first=True, norm_first=True)
-        with torch.no_grad():                                        # start near the identity
-            self.self_attn.out_proj.weight.mul_(0.1)                 # both branches are added to x:
-            self.linear2.weight.mul_(0.1)                            # small branches, nearly x
+        with torch.no_grad():                                        # both branches are added to x: nearly x at first
+            self.self_attn.out_proj.weight.mul_(START)
+            self.linear2.weight.mul_(START)
             self.linear2.bias.zero_()
 
 
@@ -97,8 +109,8 @@ class CrossModalQuery(nn.Module):
     """Each modality looks at the other before it becomes a query (section 3.2, Eq. 1).
 
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
-    fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are the alternatives of Table
-    12. Uses OTHER, masked_mean and Attention of this section.
+    fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are Table 12's alternatives.
+    Uses OTHER, masked_mean, Attention and START of this section.
     """
 
     def __init__(self, d_model, n_heads=8, fusion="query"):
@@ -136,11 +148,10 @@ class CrossModalQuery(nn.Module):
 
 
 class PromptPool(nn.Module):
-    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).  Needs
-    no other name.
+    """N prompts of L tokens with one key each; a query takes the k nearest and mixes them (Eq. 2-3).
 
-    forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: batch mates do not
-    matter. Raises ValueError for more than the pool holds.
+    forward(q (B,D)) -> p~ (B,L,D), L_qk (), chosen (B,k).  Every sample chooses alone: its batch mates do not
+    matter.  Raises ValueError for a k above the size of the pool.  Uses cosines and SPREAD of this section.
     """
 
     def __init__(self, d_model, size, length=8, top_k=5, temperature=1.0):
@@ -148,14 +159,13 @@ class PromptPool(nn.Module):
         if top_k > size:
             raise ValueError(f"--top-k {top_k} is more than the {size} prompts of a pool; see --pool-sizes")
         self.k, self.temperature = top_k, temperature
-        self.prompts = nn.Parameter(torch.randn(size, length, d_model) * 0.02)                   # P^M (N,L,D)
+        self.prompts = nn.Parameter(torch.randn(size, length, d_model) * SPREAD)                 # P^M (N,L,D)
         self.keys = nn.Parameter(torch.randn(size, d_model) * 0.02)                              # K^M (N,D)
 
     def forward(self, q):
-        keys = F.normalize(self.keys, dim=-1)                                                    # (N,D)
         # The prompts whose keys point where the query points are chosen.
         # I^M = the k largest of cos(q^M, k_i^M)                                                         Eq. 2
-        score, chosen = (F.normalize(q, dim=-1) @ keys.T).topk(self.k, dim=-1)                   # 2 x (B,k)
+        score, chosen = cosines(q, self.keys).topk(self.k, dim=-1)                               # 2 x (B,k)
         # The nearer the key, the more of its prompt: a is a softmax over the chosen ones only.
         # p~^M = sum_{i in I} a_i p_i,  a = softmax over I of cos(q, k_i)                                Eq. 3
         a = (score / self.temperature).softmax(-1)                                               # (B,k)
@@ -163,17 +173,17 @@ class PromptPool(nn.Module):
         # The chosen keys move towards the query.  It is a constant here: otherwise the query network
         # satisfies this loss by sending every query in one direction, and selection dies.
         # L_qk = sum_{i in I} (1 - cos(q, k_i)), mean over B                                    part of Eq. 11
-        pull = torch.einsum("bd,bkd->bk", F.normalize(q.detach(), dim=-1), keys[chosen])         # (B,k)
-        return p, (1 - pull).sum(-1).mean(), chosen
+        pull = cosines(q.detach(), self.keys).gather(-1, chosen)                                 # (B,k)
+        return p, (1 - pull).sum(-1).mean(), chosen                                              # L_qk ()
 
 
 class CrossModalRecovery(nn.Module):
     """Hide prompt tokens, recover them inside the modality, then across (section 3.3, Eq. 4-10).
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
-    fusion: "recovery" is the paper's; the rest are the alternatives of Table 13.  w_res: "matrix" or
-    "vector". mask_granularity: whether Eq. 4 hides a "token" or a "feature".  Uses OTHER, Attention and
-    SelfAttention.
+    fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
+    mask_granularity: whether Eq. 4 hides a "token" or a "feature".
+    Uses OTHER, Attention, SelfAttention and START of this section.
     """
 
     def __init__(self, d_model, n_heads=8, mask_ratio=0.05, use_intra=True, use_inter=True, fusion="recovery",
@@ -207,14 +217,13 @@ class CrossModalRecovery(nn.Module):
         return p_final, L_intra, L_inter
 
     def hide(self, p):
-        """p^^M = (1-b) * p~^M, in training only: what is hidden must be recovered, so the recovery learns.
-        Eq. 4"""
+        """Some tokens become zeros, in training only: what is hidden must be recovered.  -> p^ 2 x (B,L,D)"""
         if not self.training or self.delta == 0:
             return p
         B, L, D = p["Q"].shape
-        # b = 1 with probability delta, the same b for both modalities: neither can copy it from the other's
-        # place
+        # b = 1 with probability delta, at the same places in both modalities: neither can copy from the other.
         b = torch.rand(B, L, D if self.granularity == "feature" else 1, device=p["Q"].device) < self.delta
+        # p^^M = (1 - b) p~^M                                                                            Eq. 4
         return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                                       # 2 x (B,L,D)
 
     def recover_intra(self, p_hat, p):
@@ -225,20 +234,20 @@ class CrossModalRecovery(nn.Module):
         # Hidden tokens are filled in from their neighbours, then the hint is added.
         # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
         p_intra = {M: self.intra[M](p_hat[M]) + self.res_scale * light[M] for M in "QV"}         # 2 x (B,L,D)
-        # What was recovered must be what was hidden, and w_res must stay a rotation.  Means instead of sums,
-        # so that beta does not depend on B, L, D; p~ is a constant, or the prompts would chase their own
-        # recovery.
+        # What was recovered must be what was hidden, and w_res must stay a rotation.  p~ is a constant, or the
+        # prompts would chase their own recovery.  The norm is over D; mean over samples and tokens.
         # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                 Eq. 6
-        L_intra = sum(F.mse_loss(p_intra[M], p[M].detach()) + self.orthogonality(self.W_res[M]) for M in "QV")
+        missed = {M: (p_intra[M] - p[M].detach()).square().sum(-1).mean() for M in "QV"}         # 2 x ()
+        L_intra = sum(missed[M] + self.orthogonality(self.W_res[M]) for M in "QV")               # ()
         return p_intra, L_intra
 
     @staticmethod
     def orthogonality(W):
-        """|W W^T - I|_F^2 / D: the second term of Eq. 6.  W (D,D).  For a vector w (D,) the outer product has
+        """|W W^T - I|_F^2, the second term of Eq. 6, ().  W (D,D).  For a vector w (D,) the outer product has
         rank one and the term equals (|w|^2-1)^2 + D-1; the constant D-1 is left out."""
         if W.ndim == 1:
-            return (W.square().sum() - 1).square() / len(W)
-        return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() / len(W)
+            return (W.square().sum() - 1).square()
+        return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum()
 
     def recover_inter(self, p_intra, p):
         """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter ()"""
@@ -288,7 +297,7 @@ class MMPrompt(nn.Module):
     freeze_query: Eq. 1 learns in the first task only, so that old questions keep their prompts.
     temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
-    lr = 5e-4                                             # of prompts and keys, from a search on another seed
+    lr, lr_attention = 2e-2, 5e-5                  # prompts and keys, attention modules; searched on another seed
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5,
                  pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
@@ -395,7 +404,7 @@ class VQABackbone(nn.Module):
             rows = [row[:len(f)] for row, f in zip(F_v, features)]
             if learning:
                 return rows
-            self.memo.update(zip(images, rows))
+            self.memo.update(zip(images, map(torch.clone, rows)))    # copies: a view would keep its whole batch
         return [self.memo[image] for image in images]
 
     def pad(self, rows):
@@ -431,7 +440,7 @@ class VQABackbone(nn.Module):
         place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}            # block -> (B,P,D)
         if modality != "joint":                                      # queries saw both, the encoder sees one
             q_mask, v_mask = q_mask & (modality == "q"), v_mask & (modality == "v")
-            place = {i: self.half(p, modality) for i, p in place.items()}
+            place = {i: p.chunk(2, 1)["qv".index(modality)] for i, p in place.items()}  # question prompts come first
         Nq, h, mask = F_q.shape[1], torch.cat([F_q, F_v], 1), torch.cat([q_mask, v_mask], 1)   # (B,N,D) (B,N)
         bias = self.position_bias(Nq, mask, h.dtype)                                             # (B,H,N,N)
         for i, block in enumerate(self.t5.encoder.block):
@@ -452,12 +461,6 @@ class VQABackbone(nn.Module):
         longer = torch.cat([h, prompts.to(h.dtype)], 1)                                          # (B,N+P,D)
         mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
         return longer, mask, self.position_bias(Nq, mask, h.dtype)                             # (B,H,N+P,N+P)
-
-    @staticmethod
-    def half(prompts, modality):
-        """One modality's prompts: question prompts come first.  An odd number cannot be told apart and
-        stays."""
-        return prompts if prompts.shape[1] % 2 else prompts.chunk(2, 1)[0 if modality == "q" else 1]
 
     def loss(self, hidden, mask, answers):
         """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), answers: B strings -> ()"""
@@ -586,10 +589,10 @@ def load_t5(name):
 
 # =========================================================================================== compared methods
 # All of them see the same frozen tokens, hold as many prompts as MM-Prompt's four pools where their design
-# allows, and inject at the same blocks ("identical injection layers if possible", section 4.2).  A method is
-# a module with   begin_task(t), forward(F_q, F_v, q_mask, v_mask) -> Prompts, end_task()   layers {group of
-# prompts: its blocks}, keep (prompts stay after their block), weights of its losses,   lr (its own rate, from
-# the same small search on a seed that is not reported), other rates where they differ
+# allows, and inject at the same blocks ("identical injection layers if possible", section 4.2).
+# A method is a module with begin_task(t), forward(F_q, F_v, q_mask, v_mask) -> Prompts, and end_task().
+# Its class says at which blocks its prompts enter (layers), whether they stay behind their block (keep), what
+# its losses weigh (weights), and its rates: from the same small search on a seed that is not reported.
 
 
 class Method(nn.Module):
@@ -634,10 +637,11 @@ class Joint(Finetune):
 class L2P(Method):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
     the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
-    layers, keep, one_pool = {"G": (0,)}, True, False
+    one_pool = False
 
-    def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0):
+    def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0, blocks=(0,), keep=True):
         super().__init__()
+        self.layers, self.keep = {"G": blocks}, keep
         sizes = {"Q": pool_sizes["QG"] + pool_sizes["QE"], "V": pool_sizes["VG"] + pool_sizes["VE"]}
         sizes = {"QV": sum(sizes.values())} if self.one_pool else sizes
         self.pools = nn.ModuleDict({M: PromptPool(d_model, n, tokens, top_k) for M, n in sizes.items()})
@@ -655,26 +659,31 @@ class L2P(Method):
 
 
 class L2POnePool(L2P):
-    """L2P*: one pool for both modalities, chosen by one query."""
+    """L2P*: one pool for both modalities, chosen by one query.  Its prompts belong to neither, so that Eq. 12
+    and 13 are not defined for it."""
     lr, one_pool = 5e-4, True
 
 
 class DualPrompt(Method):
-    """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found by its
-    key at test."""
+    """DualPrompt (Wang et al. 2022): G prompts that all tasks share, and one E prompt per task, found at test by
+    its key.  A key starts at the mean query of its task's first batch: from a random start it would have to
+    travel further than its steps allow."""
 
     def __init__(self, d_model, layers, length=8, tasks=10, qk_weight=1.0):
         super().__init__()
         self.layers, self.weights = layers, {"qk": qk_weight}
-        self.pools = nn.ParameterDict({"G": torch.randn(2 * length, d_model) * 0.02})
+        self.pools = nn.ParameterDict({"G": torch.randn(2 * length, d_model) * SPREAD})
         for M in "QV":
-            self.pools[M + "E"] = torch.randn(tasks, length, d_model) * 0.02
-            self.pools[M + "keys"] = torch.randn(tasks, d_model) * 0.02
+            self.pools[M + "E"] = torch.randn(tasks, length, d_model) * SPREAD
+            self.pools[M + "keys"] = torch.zeros(tasks, d_model)     # zeros: the task has not begun
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         expert, pull, chosen, t = [], 0, {}, int(self.t)
         for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
-            s = F.normalize(q, dim=-1) @ F.normalize(self.pools[M + "keys"], dim=-1).T           # (B,T)
+            keys = self.pools[M + "keys"]                                                        # (T,D)
+            if self.training and not keys[t].any():
+                keys.data[t] = q.detach().mean(0)
+            s = cosines(q, keys)                                                                 # (B,T)
             pull = pull + (1 - s[:, t]).mean()
             # training knows its task, test does not: there the nearest key of the tasks so far decides
             best = torch.full_like(s[:, 0], t, dtype=torch.long) if self.training else s[:, :t + 1].argmax(-1)
@@ -716,12 +725,13 @@ class CODAPrompt(Method):
 class MaPLe(Method):
     """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of
     them; no selection."""
+    lr_attention = 8e-4                                              # of the map
 
     def __init__(self, d_model, layers, length=8):
         super().__init__()
         blocks = sorted(i for group in layers.values() for i in group)
         self.layers = {str(i): (i,) for i in blocks}
-        self.pools = nn.ParameterDict({str(i): torch.randn(length, d_model) * 0.02 for i in blocks})
+        self.pools = nn.ParameterDict({str(i): torch.randn(length, d_model) * SPREAD for i in blocks})
         self.couple = nn.ModuleDict({str(i): nn.Linear(d_model, d_model) for i in blocks})
 
     def forward(self, F_q, F_v, q_mask, v_mask):
@@ -771,21 +781,16 @@ def what_learns(args, backbone, method, t):
             for name, p in part.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(args, method, learning):
-    """AdamW with a rate for each kind: prompts and keys, attention modules (and eyes), backbone.
+def make_optimizer(args, learning):
+    """AdamW with a rate for each kind: prompts and keys, attention modules, backbone (its eyes too).
     No decay on prompts and keys: it would shrink those that this task never touches."""
     rates = {"pools": args.lr, "attention": args.lr_attention, "backbone": args.lr_backbone}
-    groups = {kind: [] for kind in rates}
+    groups = {kind: {"params": [], "lr": rate, "weight_decay": args.weight_decay} for kind, rate in rates.items()}
+    groups["pools"]["weight_decay"] = 0.0
     for name, p in learning.items():
-        if getattr(method, "whole_t5", False):
-            kind = "backbone"
-        elif "pools." in name:
-            kind = "pools"
-        else:
-            kind = "attention" if name.startswith(("method.", "backbone.visual.")) else "backbone"
-        groups[kind].append(p)
-    decay = {"pools": 0.0, "attention": args.weight_decay, "backbone": args.weight_decay}
-    groups = [{"params": ps, "lr": rates[kind], "weight_decay": decay[kind]} for kind, ps in groups.items() if ps]
+        kind = "pools" if "pools." in name else "attention" if name.startswith("method.") else "backbone"
+        groups[kind]["params"].append(p)
+    groups = [group for group in groups.values() if group["params"]]
     return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
 
 
@@ -797,7 +802,7 @@ def learn_task(args, backbone, method, task, run, past=()):
         learning = what_learns(args, backbone, method, run.stage)
         if not learning:                                             # the frozen bound
             continue
-        optimizer = make_optimizer(args, method, learning)  # a new one for each task: no momentum of the last
+        optimizer = make_optimizer(args, learning)  # a new one for each task: no momentum of the last
         for epoch in run.epochs(args.epochs, learning, optimizer, part.name):
             loss = learn_epoch(args, backbone, method, part.train, memory, optimizer, run, epoch)
             known = evaluate(args, backbone, method, part.val, args.train_modality) if part.val else {"score": None}
@@ -824,7 +829,8 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
         if memory:
             batch = batch + rng.sample(memory, min(args.batch, len(memory)))
         loss = batch_loss(args, backbone, method, batch, [draw_answer(rng, s.answers) for s in batch])
-        run.check(loss.item(), step, optimizer)
+        value = loss.item()
+        run.check(value, step, optimizer)
         if falling:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
@@ -833,7 +839,7 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
             nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        total += loss.item()
+        total += value
         bar.set_postfix_str(f"loss {total / (step + 1):.3f}")
     return total / max(len(bar), 1)
 
@@ -943,15 +949,18 @@ def measure(args, stream, backbone, method, run):
     """({metric: value}, {pool: for each task, how often each prompt was chosen}) of a run whose tasks are all
     learned. Each task is answered again with one modality hidden (Eq. 12-13)."""
     tests = [getattr(task, args.split) for task in stream.tasks]
+    alone = () if getattr(method, "one_pool", False) else ("v", "q")  # prompts of no modality cannot be hidden
     by = {m: [evaluate(args, backbone, method, samples, m) for samples in tests]
-          for m in ("joint", "v", "q") if m != args.modality} | {args.modality: run.kept["last"]}
+          for m in ("joint", *alone) if m != args.modality} | {args.modality: run.kept["last"]}
     mean = {m: float(np.mean([answers["score"] for answers in rows])) for m, rows in by.items()}
     f1 = float(np.mean([answers["f1"] for answers in by["joint"]]))
     A = np.where(np.isnan(run.A) & (np.tri(len(tests)) == 1), run.A[-1], run.A)  # one stage: nothing to forget
     values = {"A": metrics.average_accuracy(A), "F_inter": metrics.forgetting(A), "token_F1": f1,
-              "F_inter_own": metrics.forgetting(A, "own"), "A_v_only": mean["v"], "A_q_only": mean["q"],
-              "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
-              "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
+              "F_inter_own": metrics.forgetting(A, "own")}
+    if alone:
+        values |= {"A_v_only": mean["v"], "A_q_only": mean["q"],
+                   "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
+                   "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
     if run.kept.get("intra"):
         matrices = run.kept["intra"].values()                 # rows of 1, 2, ... scores: filled up to squares
         squares = [[row + [np.nan] * (len(rows) - len(row)) for row in rows] for rows in matrices]
@@ -963,7 +972,11 @@ def measure(args, stream, backbone, method, run):
         scores = [evaluate(args, backbone, method, some)["score"] for some in by_type.values()]
         values["A_by_type"] = float(np.mean(scores))
     pools = sorted({pool for answers in by["joint"] for pool in answers["chosen"]})
-    return values, {pool: [answers["chosen"].get(pool, {}) for answers in by["joint"]] for pool in pools}
+    chosen = {pool: [answers["chosen"].get(pool, {}) for answers in by["joint"]] for pool in pools}
+    if isinstance(method, DualPrompt):                               # prompt t belongs to task t
+        right = [100 * count.get(t, 0) / sum(count.values()) for pool in pools for t, count in enumerate(chosen[pool])]
+        values["right_prompt"] = float(np.mean(right))
+    return values, chosen
 
 
 # ===================================================================================================== tables
@@ -972,6 +985,7 @@ def measure(args, stream, backbone, method, run):
 # compared with, rows)}.
 SETTINGS = ("CI", "QI", "DI")
 COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
+LINE = (*COLUMNS, "right_prompt")                                  # of the last line of a run
 PAPER_1 = {                                                          # Table 1: CI, QI, DI
     "l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)),
     "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
@@ -1081,7 +1095,7 @@ def settle(args):
     metrics.settle_shared(args)
     kind = METHODS[args.method]
     args.lr = kind.lr if args.lr is None else args.lr
-    usual = {"lr_attention": args.lr / 10, "lr_backbone": 1e-4, "epochs": 2, "batch": 25}
+    usual = {"lr_attention": 5e-5, "lr_backbone": 1e-4, "epochs": 2, "batch": 25}
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(kind, name, value))
@@ -1118,8 +1132,8 @@ def parse_args(argv=None):
     g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="seen in training")
     g = p.add_argument_group("training of MM-Prompt")
     g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
-    g.add_argument("--lr-attention", type=above_zero, help="of attention modules and eyes (default: --lr / 10)")
-    g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns")
+    g.add_argument("--lr-attention", type=above_zero, help="of attention modules")
+    g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
     g.add_argument("--weight-decay", type=finite, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv))
     args.options = {}                                         # arguments of the method's class without a flag
@@ -1144,10 +1158,10 @@ def main(argv=None):
         results.append(run(one, folder))
         if not args.smoke:
             print(worth(args, results[-1]["world"]), end="")
-        print(metrics.last_line(name, results[-1:], COLUMNS))
+        print(metrics.last_line(name, results[-1:], LINE))
     if len(results) > 1:
         metrics.keep_means(args.out, results)
-        print(metrics.last_line(name, results, COLUMNS))
+        print(metrics.last_line(name, results, LINE))
 
 
 def worth(args, world):
