@@ -530,7 +530,7 @@ def test_recovery_starts_near_the_prompts_and_can_tell_tokens_apart():
     L_inter that reaches the recovered prompt and not its inputs alone."""
     torch.manual_seed(0)
     method = mmprompt.MMPrompt(96).eval()
-    assert float(method.pools["QG"].prompts.std()) == pytest.approx(0.2, rel=0.02)
+    assert float(method.pools["QG"].prompts.detach().std()) == pytest.approx(0.2, rel=0.02)
     F_q, F_v = torch.randn(50, 8, 96), 10 * torch.randn(50, 6, 96)   # as in mini-VQA: pictures are ten times as long
     q = method.query(F_q, F_v, torch.ones(50, 8, dtype=torch.bool), torch.ones(50, 6, dtype=torch.bool))
     assert F.cosine_similarity(q["Q"], F_q.mean(1)).mean() > 0.95
@@ -3104,6 +3104,11 @@ def test_snippets_run_and_have_the_shapes_they_say(page, number, tmp_path, monke
             assert tuple(eval(truth[1], space)) == eval(truth[2]), line
             said += 1
     assert said == len(re.findall(r"^\S.*\.shape\s+# \(", block, re.M))
+    if "start" in space:                                             # the guide's table of how training starts
+        (title, kept), = json.loads((HERE / "results/mmprompt/start.json").read_text()).items()
+        table = re.search(rf"\| {title}.*\n\|[-|]+\n((?:\|.*\n)+)", (HERE / page).read_text())[1]
+        assert re.findall(r"\| ([\d.]+) \|\n", table) == [f"{x:.3f}" for x in kept.values()]
+        assert space["start"] == pytest.approx(kept, rel=0.02)
 
 
 @pytest.mark.parametrize("page", GUIDES)
