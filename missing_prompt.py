@@ -201,25 +201,14 @@ class MSALayer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, h, P=None):
-        """h (B,n,D), P (1|B,L,D) or None -> (B,n,D): MSA([P ; h]) without the outputs at the prompt's places."""
-        if isinstance(P, Prefix):
-            return self.prefixed(h, P)
-        if P is not None:                                   # one row of a missing modality, B rows of prompts
-            h = h.expand(max(len(h), len(P)), -1, -1)
+        """h (B,n,D), P (1|B,L,D), a Prefix or None -> (B,n,D): MSA([P ; h]) less the outputs at P's places."""
+        # Attention over [P ; h].  The outputs at the prompt's places are dropped after the layer, so the prompt
+        # is needed as keys and values only: what `prepended` says, for half the work.         Eq. 1, 4, 5
+        P_k, P_v = self.prompt_keys_values(P)                       # 2 x (1|B,H,L,D/H), or None twice
+        if P_k is not None:                                 # one row of a missing modality, B rows of prompts
+            h = h.expand(max(len(h), len(P_k)), -1, -1)
         q, k, v = self.split(self.qkv(self.norm1(h)))                                   # 3 x (B,H,n,D/H)
-        if P is not None:
-            # Attention over [P ; h].  The outputs at the prompt's places are dropped after the layer, so the
-            # prompt is needed as keys and values only: what `prepended` says, for half the work.  Eq. 1, 4, 5
-            P_k, P_v = self.keys_values(P)                                              # 2 x (1|B,H,L,D/H)
-            k, v = self.in_front(P_k, k), self.in_front(P_v, v)                         # 2 x (B,H,L+n,D/H)
-        return self.finish(h, q, k, v)
-
-    def prefixed(self, h, P):
-        """Prefix tuning: one half of the prompt joins the keys, the other the values."""
-        h = h.expand(max(len(h), len(P.keys)), -1, -1)
-        q, k, v = self.split(self.qkv(self.norm1(h)))
-        k, v = self.in_front(self.keys_values(P.keys)[0], k), self.in_front(self.keys_values(P.values)[1], v)
-        return self.finish(h, q, k, v)
+        return self.finish(h, q, self.in_front(P_k, k), self.in_front(P_v, v))          # keys (B,H,L+n,D/H)
 
     def split(self, x):
         """(B,n,c*D) -> c tensors (B,H,n,D/H): one for each of queries, keys, values, cut into heads."""
@@ -231,10 +220,16 @@ class MSALayer(nn.Module):
         D = x.shape[-1]
         return self.split(F.linear(self.norm1(x), self.qkv.weight[D:], self.qkv.bias[D:]))
 
+    def prompt_keys_values(self, P):
+        """Those of a prompt; a Prefix brings a half for the keys and a half for the values."""
+        if isinstance(P, Prefix):
+            return self.keys_values(P.keys)[0], self.keys_values(P.values)[1]
+        return (None, None) if P is None else self.keys_values(P)
+
     @staticmethod
     def in_front(P, x):
-        """[P ; x] for P (1|B,H,L,D/H) and x (B,H,n,D/H)."""
-        return torch.cat([P.expand(len(x), -1, -1, -1), x], 2)
+        """[P ; x] for P (1|B,H,L,D/H) or None and x (B,H,n,D/H)."""
+        return x if P is None else torch.cat([P.expand(len(x), -1, -1, -1), x], 2)
 
     def finish(self, h, q, k, v):
         """Attention, its residual, and the feed-forward part."""
@@ -250,11 +245,8 @@ class CrossLayer(MSALayer):
         """h (B,n,D) asks source (B,n',D), a prompt (1|B,L,D) or Prefix in front of it -> (B,n,D)."""
         q, _, _ = self.split(self.qkv(self.norm1(h)))
         k, v = self.keys_values(source)
-        if P is not None:
-            for_keys, for_values = P if isinstance(P, Prefix) else (P, P)
-            k = self.in_front(self.keys_values(for_keys)[0], k)
-            v = self.in_front(self.keys_values(for_values)[1], v)
-        return self.finish(h, q, k, v)
+        P_k, P_v = self.prompt_keys_values(P)
+        return self.finish(h, q, self.in_front(P_k, k), self.in_front(P_v, v))
 
 
 def positions(n, width, like):
@@ -433,16 +425,14 @@ class Store:
         self.x = {m: seen(m, x) for m, x in self.x.items()}
         self.blank = {m: net.embed({m: x[None]})[m][0] for m, x in self.blank.items()}
 
-    def batch(self, rows, task=None):
-        """rows (B,), task: a number, (B,) numbers, or None for complete modalities."""
+    def batch(self, rows, task=0):
+        """rows (B,), task: a number, or (B,) numbers; task 0 has all modalities."""
+        present = self.present[task].expand(len(rows), -1)                              # (B,M)
         if torch.is_tensor(task):
-            present = self.present[task]                                                # (B,M)
             x = {m: torch.where(present[:, i, None, None], self.x[m][rows], self.blank[m])
                  for i, m in enumerate(MODALITIES)}
         else:                                                # one pattern for all: what is missing is one row
-            available = MODALITIES if task is None else PATTERNS[task]
-            x = {m: self.x[m][rows] if m in available else self.blank[m][None] for m in MODALITIES}
-            present = torch.tensor([[m in available for m in MODALITIES]], device=self.y.device).expand(len(rows), -1)
+            x = {m: self.x[m][rows] if m in PATTERNS[task] else self.blank[m][None] for m in MODALITIES}
         return Batch(x, self.y[rows], present, task, rows)
 
     def loss(self, output, y):
@@ -555,7 +545,7 @@ class Joint(Method):
 
 class ER(Method):
     """Experience replay (Chaudhry et al. 2019b): a second batch in every step, from a reservoir of the past."""
-    buffered, lr = True, 1e-3
+    buffered, lr, every_epoch = True, 1e-3, False                    # is a sample offered once, or in every epoch?
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
@@ -567,7 +557,7 @@ class ER(Method):
     def observe(self, b, epoch):
         # reservoir: the s-th sample takes place j ~ U{0..s-1} if j < size, so each is kept with size / s
         size = self.kept.shape[1]
-        for i in range(len(b.rows) if epoch == 0 else 0):            # each sample is offered once
+        for i in range(len(b.rows) if epoch == 0 or self.every_epoch else 0):
             s = int(self.seen)
             j = s if s < size else int(torch.randint(s + 1, ()))
             self.seen += 1
@@ -575,10 +565,11 @@ class ER(Method):
                 self.kept[:, j] = torch.tensor([int(b.rows[i]), int(b.task), s])
                 self.kept_output[j] = self.latest[i]
 
-    def recall(self, n):
-        """n random places of the buffer; fewer while it holds fewer, none while it is empty."""
+    def recall(self, n, before=None):
+        """n random places of the buffer, fewer while it holds fewer.  before: a task whose own samples stay out."""
         filled = min(int(self.seen), self.kept.shape[1])
-        return torch.randperm(filled, device=self.kept.device)[:n]
+        places = torch.randperm(filled, device=self.kept.device)
+        return places[self.kept[1, places] != before][:n] if before is not None else places[:n]
 
     def together(self, b, *places):
         """Outputs and labels of the new batch and of each replayed one, in one pass through the model."""
@@ -594,8 +585,11 @@ class ER(Method):
 
 
 class DERpp(ER):
-    """DER++ (Buzzega et al. 2020): L_task + alpha |f(x) - stored output|^2 + beta L_task on another draw."""
-    weight, beta = 0.3, 0.5                                          # weight is alpha
+    """DER++ (Buzzega et al. 2020): L_task + alpha |f(x) - stored output|^2 + beta L_task on another draw.
+
+    Samples are offered in every epoch: the outputs of a model that has hardly learned are no knowledge to keep.
+    """
+    weight, beta, every_epoch = 0.3, 0.5, True                       # weight is alpha
 
     def loss(self, b):
         j, again = self.recall(len(b.rows)), self.recall(len(b.rows))
@@ -608,10 +602,10 @@ class DERpp(ER):
 
 
 class AGEM(ER):
-    """A-GEM (Chaudhry et al. 2019a): what in the gradient would raise the loss on the buffer is taken out."""
+    """A-GEM (Chaudhry et al. 2019a): what in the gradient would raise the loss on earlier tasks is taken out."""
 
     def loss(self, b):
-        j = self.recall(len(b.rows))                                 # drawn here, used by edit_gradients
+        j = self.recall(len(b.rows), before=b.task)                  # drawn here, used by edit_gradients
         self.old = self.store.batch(self.kept[0, j], self.kept[1, j])
         output = self(b)
         self.latest = output.detach()
@@ -645,9 +639,13 @@ class Distilling(Method):
         super().__init__(net, store, args)
         self.old = copy.deepcopy(net).requires_grad_(False)
 
+    def train(self, mode=True):
+        super().train(mode)
+        self.old.eval()                                              # what it said, without dropout
+        return self
+
     def begin_task(self, t, rows):
         self.old.load_state_dict(self.net.state_dict())
-        self.old.eval()
 
     def moved(self, output, b):
         with torch.no_grad():
@@ -761,19 +759,21 @@ class Prompted(Method):
 
     @torch.no_grad()
     def query(self, b):
-        """Batch of one task -> (B,D), of unit length; computed once for each utterance and task."""
+        """Batch of one task -> (B,D), of unit length, in float32; computed once for each utterance and task."""
         if b.task not in self.known:
             shape = len(self.store.y), self.net.features
             self.known[b.task] = torch.full(shape, math.nan, device=b.y.device)
         known = self.known[b.task]
         new = b.rows[known[b.rows, 0].isnan()]
         if len(new):
-            known[new] = F.normalize(self.net.encode(self.store.batch(new, b.task).x), dim=-1)
+            with torch.autocast(new.device.type, enabled=False):     # bf16 would take near keys for each other
+                known[new] = F.normalize(self.net.encode(self.store.batch(new, b.task).x), dim=-1)
         return known[b.rows]
 
     def match(self, b):
-        """How near the query is to each key, (B,K)."""
-        return self.query(b) @ F.normalize(self.keys, dim=-1).T
+        """How near the query is to each key, (B,K), in float32."""
+        with torch.autocast(b.rows.device.type, enabled=False):
+            return self.query(b) @ F.normalize(self.keys, dim=-1).T
 
 
 class L2P(Prompted):
@@ -797,7 +797,10 @@ class L2P(Prompted):
 
 
 class DualPrompt(Prompted):
-    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own, found by its key, in 3-5."""
+    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own, found by its key, in 3-5.
+
+    A key starts at the mean query of its task: from a random start it would travel further than its steps allow.
+    """
     weight = 1.0
 
     def __init__(self, net, store, args):
@@ -805,17 +808,20 @@ class DualPrompt(Prompted):
         T, D = len(PATTERNS), net.width
         self.general = nn.Parameter(0.02 * torch.randn(2, 5, D))                        # prefix: keys, values
         self.expert = nn.Parameter(0.02 * torch.randn(T, 2, args.length, D))
-        self.keys = nn.Parameter(torch.randn(T, net.features))
+        self.keys = nn.Parameter(torch.zeros(T, net.features))
         self.register_buffer("learned", torch.zeros(T, dtype=torch.bool))
 
     def begin_task(self, t, rows):
         self.learned[t] = True
+        self.keys.data[t] = self.query(self.store.batch(rows, t)).mean(0)
+
+    def chosen(self, b):
+        """The task with the nearest key, (B,)."""
+        return self.match(b).masked_fill(~self.learned, -math.inf).argmax(-1)
 
     def forward(self, b):
-        if self.training:                                            # training knows its task, test does not
-            expert = self.expert[b.task][None]                                          # (1,2,L,D)
-        else:
-            expert = self.expert[self.match(b).masked_fill(~self.learned, -math.inf).argmax(-1)]   # (B,2,L,D)
+        # Training knows its task, test does not.
+        expert = self.expert[b.task][None] if self.training else self.expert[self.chosen(b)]       # (1|B,2,L,D)
         g = dict.fromkeys(MODALITIES, Prefix(self.general[None, 0], self.general[None, 1]))
         e = dict.fromkeys(MODALITIES, Prefix(expert[:, 0], expert[:, 1]))
         return self.net(b.x, [g, g] + [e] * (self.net.layers - 2))
@@ -834,12 +840,12 @@ class SPrompts(Prompted):
         self.prompts = nn.Parameter(0.02 * torch.randn(T, args.length, net.width))
         self.register_buffer("centres", torch.full((T, 5, net.features), math.inf))
 
+    def chosen(self, b):
+        """The task with the nearest centre, (B,); centres of tasks that are not learned are infinitely far."""
+        return (self.query(b)[:, None, None] - self.centres).norm(dim=-1).amin(-1).argmin(-1)
+
     def forward(self, b):
-        if self.training:
-            prompt = self.prompts[b.task][None]
-        else:
-            gap = (self.query(b)[:, None, None] - self.centres).norm(dim=-1).amin(-1)  # (B,T), inf where not learned
-            prompt = self.prompts[gap.argmin(-1)]
+        prompt = self.prompts[b.task][None] if self.training else self.prompts[self.chosen(b)]     # (1|B,L,D)
         return self.net(b.x, [dict.fromkeys(MODALITIES, prompt)] * min(3, self.net.layers))
 
     def begin_task(self, t, rows):
@@ -954,14 +960,15 @@ def learn_task(args, backbone, method, lesson, run):
             b = store.batch(rows[part], tasks[part] if len(lesson) > 1 else first)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = method.loss(b)
-            run.check(loss.item(), step, optimizer)
+            value = loss.item()
+            run.check(value, step, optimizer)
             optimizer.zero_grad()
             loss.backward()
             method.edit_gradients()
             nn.utils.clip_grad_norm_(learning.values(), args.grad_clip)
             optimizer.step()
             method.observe(b, epoch)
-            total += loss.item() * len(part)
+            total += value * len(part)
         losses = []
         for task in lesson:
             some, output = predict(args, method, task.val)
@@ -1028,6 +1035,10 @@ def finish(args, stream, method, run):
     values = {"AA": float(np.mean(A[-1]))}
     if not method.one_stage:
         values |= {"FM_max": metrics.forgetting(A), "FM_diag": metrics.forgetting(A, "own")}
+    if hasattr(method, "chosen"):                                    # how often the task's own prompt is found
+        rows, tasks = utterances(stream.tasks, args.split, args.device)
+        right = [method.chosen(method.store.batch(rows[tasks == t], t)) == t for t in tasks.unique().tolist()]
+        values["right_prompt"] = 100 * float(torch.cat(right).float().mean())
     values["full"] = last[data.pattern_name(PATTERNS[0])]["score"]   # with all three modalities
     prompts = {name: p for name, p in method.named_parameters() if p.requires_grad} if method.frozen else None
     results = run.finish(values, prompts, f"{args.method}: accuracy after each task", final=last,
@@ -1051,6 +1062,7 @@ def cosine_map(cosine, path):
 # and what the paper prints for CMU-MOSI (AA, FM).  Our copy of the paper lost the cells of Tables 1, 3, 4, 5,
 # 6: their labels are ours.
 COLUMNS = ("AA", "FM_max", "FM_diag")
+LINE = (*COLUMNS, "right_prompt")                                  # of the last line of a run
 METHOD_ROWS = [
     ("iCaRL, buffer 250", {"method": "icarl"}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem"}, (63.18, 4.10)),
     ("ER, buffer 250", {"method": "er"}, (65.78, 3.44)), ("DER++, buffer 250", {"method": "derpp"}, (64.62, 2.74)),
@@ -1107,8 +1119,8 @@ def bench(args):
     rows, _ = utterances(stream.tasks[:1], "train", args.device)
     rows, t, methods = rows[:args.batch], number(stream.tasks[0]), {}
     for name in ("none", args.method, "finetune"):
-        one = METHODS[name](make_backbone(args, stream), Store(stream, args.device), args)
-        methods[name] = one.to(args.device).train()
+        args.method = name
+        methods[name] = build_method(args, make_backbone(args, stream), stream).train()
 
     def step(method):
         learns = any(p.requires_grad for p in method.parameters())
@@ -1202,10 +1214,10 @@ def main(argv=None):
     name, results = f"{args.method} {args.data}", []
     for one, folder in metrics.repetitions(args, settle):
         results.append(run(one, folder))
-        print(metrics.last_line(name, results[-1:], COLUMNS))
+        print(metrics.last_line(name, results[-1:], LINE))
     if len(results) > 1:
         metrics.keep_means(args.out, results)
-        print(metrics.last_line(name, results, COLUMNS))
+        print(metrics.last_line(name, results, LINE))
 
 
 # ======================================================================================== the small backbone

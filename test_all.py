@@ -1767,9 +1767,11 @@ def test_missing_agem_projects_by_hand():
     for kept_label, expected in ((9.0, 0.0), (0.0, 1.0)):
         learner = missing_toy("agem", [1, 2], [0, kept_label], buffer=1)
         learner.kept[:, 0], learner.seen = torch.tensor([1, 0, 0]), torch.tensor(1)
-        learner.loss(learner.store.batch(torch.tensor([0]), 0)).backward()
+        learner.loss(learner.store.batch(torch.tensor([0]), 2)).backward()       # task 2 has the text, too
         learner.edit_gradients()
         assert learner.net.w.grad.item() == pytest.approx(expected)
+        learner.loss(learner.store.batch(torch.tensor([0]), 0))      # what is kept is of the current task: no reference
+        assert len(learner.old.rows) == 0
 
 
 def test_missing_er_and_derpp_losses_by_hand():
@@ -1795,6 +1797,12 @@ def test_missing_reservoir_is_uniform_and_keeps_what_was_said():
         assert learner.seen == 30
         count[learner.kept[0].numpy()] += 1
         assert torch.equal(learner.kept_output[:, 0], learner.kept[0].float())
+    learner = missing_toy("derpp", np.arange(3.0), np.zeros(3), buffer=5)
+    for epoch in range(2):                                           # DER++ keeps what a later epoch says, too
+        learner.net.w.data.fill_(1.0 + epoch)
+        learner.loss(b := learner.store.batch(torch.arange(3), 0))
+        learner.observe(b, epoch)
+    assert learner.seen == 6 and 4.0 in learner.kept_output
     assert count.sum() == 2000 and np.abs(count / 400 - 5 / 30).max() < 0.065              # 3.5 sd of 400 draws
     assert abs(count[:15].sum() - 1000) < 120                        # neither early nor late ones are favoured
 
@@ -1835,6 +1843,31 @@ def test_missing_lwf_and_icarl_by_hand():
         learner.net.w.fill_(2.0)                                     # new |2-0|, exemplar |4-0|, moved from 2 to 4
     b = learner.store.batch(torch.tensor([0]), 0)
     assert learner.loss(b).item() == pytest.approx(2 + 4 + learner.weight * 4)
+
+
+@pytest.mark.parametrize("method", ["lwf", "icarl"])
+def test_missing_old_networks_answer_without_dropout(method):
+    learner, _ = missing_learner(method)
+    b = learner.store.batch(torch.arange(5), 1)
+    learner.begin_task(1, None)
+    learner.train()                                                  # what every epoch begins with
+    output = torch.zeros(5, learner.store.outputs)
+    assert learner.moved(output, b) == learner.moved(output, b) and learner.net.training
+
+
+def test_missing_dualprompt_starts_a_key_at_the_mean_query(monkeypatch):
+    learner, _ = missing_learner("dualprompt")
+    rows = torch.arange(20)
+    learner.begin_task(3, rows)
+    torch.testing.assert_close(learner.keys[3].detach(), learner.query(learner.store.batch(rows, 3)).mean(0))
+    with torch.autocast("cpu", torch.bfloat16):                      # scores stay float32
+        b = learner.store.batch(rows, 3)
+        assert learner.match(b).dtype == learner.query(b).dtype == torch.float32
+    learner.begin_task(1, rows)
+    learner.eval()
+    own = F.normalize(learner.keys.detach(), dim=-1)
+    nearest = [max((1, 3), key=lambda t: float(own[t] @ q)) for q in learner.query(learner.store.batch(rows, 3))]
+    assert learner.chosen(learner.store.batch(rows, 3)).tolist() == nearest
 
 
 def test_missing_distillation_of_classes():
