@@ -146,10 +146,10 @@ def partition(setting, parts, categories, types, pairs=None, outer="category", s
     """A Stream from {"train","val","test": samples} in one of MM-Prompt's settings (section 4.1, appendix A).
 
     CI: one task per group of `categories` [(name, {category, ...})].  QI: one per entry of `types` [name].
-    DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with inner
-    subtasks made of the other: `pairs` of types, or the groups in `pairs` [(name, {category,
-    ...})].  subtask_seed shuffles the inner order per outer task, as the official code does; None keeps
-    it.  Samples no task takes are counted in .notes; empty tasks raise InputError.
+    DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with inner subtasks made
+    of the other: `pairs` of types, or the groups in `pairs` [(name, {category, ...})].
+    subtask_seed shuffles the inner order of each outer task, as the official code does; None keeps it.
+    Samples that no task takes are counted in .notes; empty tasks raise InputError.
     """
     if setting not in ("DI", "CI", "QI"):
         raise InputError(f"--setting is DI, CI or QI, not {setting!r}")
@@ -418,9 +418,10 @@ def ask(rng, scene, kind):
 
 
 def upstream_statement(rng, scene):
-    """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the
-    stream. The reasons of `causal` are facts that only the stream teaches; their words do occur, so that they
-    can be said."""
+    """(input, target) for pre-training: statements with a gap and words to repeat, never a question of the stream.
+
+    The reasons of `causal` are facts that only the stream teaches; their words do occur, so that they can be said.
+    """
     name, pick = scene["name"], rng.choice
     kind = rng.choices(list(UPSTREAM), list(UPSTREAM.values()))[0]
     if kind == "name":
@@ -456,17 +457,16 @@ def upstream_statement(rng, scene):
     return "repeat " + " ".join(words), " ".join(words)
 
 
-_TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind type
-it family from why here how many are can you eat ride alive need power wear play with one we see stands at background busy
-has pattern size
-sort repeat yes no"""
+_TEMPLATES = """what is the thing object this in picture shown where place there a number of doing does do color kind
+type it family from why here how many are can you eat ride alive need power wear play with one we see stands at
+background busy has pattern size sort repeat yes no"""
 MINI_WORDS = sorted({w for text in (_TEMPLATES, *COCO_NAMES, *COLORS, *PATTERNS, *POSES, *SIZES, *PLACES, *CELLS, *NUMBERS,
                                     *REASONS.values(), *KINDS) for w in text.split()})
 
 
 def region_pixels(image, boxes, jitter=None):
-    """The picture inside each box as (n,16,16,3) uint8.  boxes (n,4) in [0,1]; jitter: random.Random to shift
-    them a little."""
+    """The picture inside each box, (n,16,16,3) uint8.  boxes (n,4) in [0,1]; jitter: a random.Random that shifts them
+    a little."""
     W, H = image.size
     out = np.empty((len(boxes), REGION_PIXELS, REGION_PIXELS, 3), np.uint8)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
@@ -537,12 +537,11 @@ def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
 
 
 def _vqav2(setting, root, seed, outer="category"):
-    """VQA v2 from the official JSON files below `root` (README: file tree).  sample.image =
-    "val2014/COCO_val2014_...jpg".
+    """VQA v2 from the official JSON files below `root` (docs/mmprompt.md shows the tree).
 
-    Category of a picture: VQACL's ImgId_cate_map.json when present, else from instances_*.json the category
-    with the largest total area.  Splits: Karpathy's dataset_coco.json when present; else train2014 trains and
-    val2014 is halved by picture into val and test; with one year-split alone its pictures go 80/10/10.
+    sample.image is "val2014/COCO_val2014_...jpg".  Category of a picture: VQACL's ImgId_cate_map.json when present,
+    else from instances_*.json the category with the largest total area.  Splits: Karpathy's dataset_coco.json when
+    present; else train2014 trains and val2014 is halved by picture; one year-split alone goes 80/10/10.
     """
     found = [y for y in ("train2014", "val2014") if (root / f"v2_mscoco_{y}_annotations.json").exists()]
     if not found:
@@ -833,14 +832,17 @@ MINI_AFFECT = {
 def _mini_affect(n, rng, world, classes=0):
     """n utterances of mini-affect -> features {m: (n,len,dim)}, label (n,).
 
-    Sentiment s ~ +-U(0.3,3); the speaker's habit b ~ N(0, habit^2), how loud, lively and wordy somebody
-    always is. Evidence of modality m:  e_m = signal_m s + shown_m b + noise_m u_m,  audio's and text's u
-    correlated ("relation"). Text is the strongest alone, audio next, video weak.  Two modalities together
-    tell s from b, so the right use of one depends on which others are there (video counts against audio where
-    both are, and for the sentiment alone): the missing-modality tasks contradict each other, and training on
-    one spoils another. The evidence is written along one direction of the feature space at two random steps
-    of the sequence, a second direction marks those steps; everything else is noise. classes=4: the label is
-    the quadrant of s and of an arousal r ~ +-U(0.3,3), written along a third direction.
+    Sentiment s ~ +-U(0.3,3).  The speaker's habit b ~ N(0, habit^2) is how loud, lively and wordy somebody always
+    is.  Evidence of modality m: e_m = signal_m s + shown_m b + noise_m u_m, where audio's and text's u are
+    correlated ("relation").  Alone, text is the strongest, audio next, video weak.
+
+    Two modalities together tell s from b.  So the right use of one depends on which others are there (video counts
+    against audio where both are, and for the sentiment where it is alone): the tasks contradict each other, and
+    training on one spoils another.
+
+    The evidence is written along one direction of the feature space at two random steps of the sequence; a second
+    direction marks those steps; everything else is noise.  classes=4: the label is the quadrant of s and of an
+    arousal r ~ +-U(0.3,3), written along a third direction.
     """
     geometry = np.random.default_rng(7)                      # the same directions for everybody, upstream too
     strong = lambda: rng.choice((-1.0, 1.0), n) * rng.uniform(0.3, 3, n)
@@ -864,18 +866,23 @@ def _mini_affect(n, rng, world, classes=0):
     return features, label
 
 
-def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0, max_length=50, world=None):
+def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0, max_length=50, world=None,
+                  standardize=True):
     """The stream of the missing-modality paper: one task per pattern of available modalities, in this order.
 
-    source  "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to .npz
-    patterns    sequence of frozensets over MODALITIES, Table 1       root   folder (or file) of the real data
-    samples  "shared": every task masks the same utterances; "disjoint": each task has its own share of train
-    and val fold  of <file>.npz with a fold array, or IEMOCAP's cross-validation set, from 0  seed  of mini's
-    utterances
-    max_length  longer sequences are averaged over that many equal windows      world   changes to MINI_AFFECT
-    Returns a Stream; task.train/val/test are Utterances; extra: dims, lengths {m: int}, outputs (1 or the
+    source      "mini" | "mini4" (built in) | "mosi" | "mosei" | "sims" | "iemocap" (with root) | a path to .npz
+    patterns    sequence of frozensets over MODALITIES, Table 1
+    root        folder (or file) of the real data
+    samples     "shared": every task masks the same utterances; "disjoint": each has its own share of train and val
+    fold        of an .npz with a fold array, or IEMOCAP's cross-validation set, from 0
+    seed        of mini's utterances
+    max_length  longer sequences are averaged over that many equal windows
+    world       changes to MINI_AFFECT
+    standardize real features to mean 0 and spread 1 on the training part, so that a missing modality, zeros, is the mean
+
+    Returns a Stream whose task.train/val/test are Utterances.  extra: dims and lengths {m: int}, outputs (1, or the
     number of classes), scoring ("mosi", "sims", "classes"), upstream (train, val) with complete modalities,
-    version, features, label. Raises InputError for a name that is not known, a missing or malformed file.
+    version, features, label.  Raises InputError for an unknown name, a missing or malformed file.
     """
     if samples not in ("shared", "disjoint"):
         raise InputError(f"--samples is shared or disjoint, not {samples!r}")
@@ -898,7 +905,7 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
             raw, scoring = _READERS[source][0](Path(root), source, fold), {"sims": "sims"}.get(source)
         else:
             raise InputError(f"--data is mini, mini4, {', '.join(_READERS)} or a path to <file>.npz, not {source!r}")
-        features, label, splits = _join(raw, max_length, notes)
+        features, label, splits = _join(raw, max_length, standardize, notes)
         up_train, up_val = splits[:2]                          # real data: no utterances besides the stream's
         scoring = scoring or ("classes" if label.dtype.kind in "iu" else "mosi")
         version = Path(source).name
@@ -919,7 +926,7 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
     return Stream(tasks, notes, extra)
 
 
-def _join(raw, max_length, notes):
+def _join(raw, max_length, standardize, notes):
     """{split: {"audio", "video", "text", "label", "where"}} -> features, label, [rows of each split]."""
     features, first = {}, raw["train"]
     for m in MODALITIES:
@@ -943,12 +950,28 @@ def _join(raw, max_length, notes):
             parts.append(windows(x, max_length))
         longest = max(x.shape[1] for x in parts)
         features[m] = np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in parts])
+        if standardize:
+            features[m] = _standardized(features[m], len(first["label"]))
     label = np.concatenate([np.asarray(part["label"]) for part in raw.values()])
     if label.dtype.kind == "f" and not np.isfinite(label).all():
         raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; drop those rows")
     label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
     sizes = [len(part["label"]) for part in raw.values()]
     return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
+
+
+def _standardized(x, n):
+    """x (N,length,d), each of the d columns with mean 0 and spread 1 over the first n rows, the training part.
+
+    Steps of zeros are padding: they are not counted, and stay.  A column that never changes becomes zeros.
+    """
+    real = (x != 0).any(-1, keepdims=True)                           # (N,length,1)
+    train = x[:n][real[:n, :, 0]].astype(np.float64)                 # (steps,d)
+    if not len(train):
+        return x
+    mean, std = train.mean(0), train.std(0)
+    flat = std <= 1e-6 * np.abs(mean).clip(1e-6)                     # rounding is no spread
+    return np.where(real & ~flat, (x - mean) / np.where(flat, 1.0, std), 0.0).astype(np.float32)
 
 
 def windows(x, n):
@@ -1030,8 +1053,10 @@ def _read_pickles(root, source, fold):
 
 
 def _read_iemocap(root, source, fold):
-    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance,
-    target/<cv>/*_label.npy. Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle."""
+    """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.
+
+    Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle.
+    """
     if not (root / "A").is_dir():
         return _read_pickles(root, source, fold)
     try:
@@ -1043,12 +1068,7 @@ def _read_iemocap(root, source, fold):
     missing = [f for f in files.values() if not f.is_file()]
     if missing:
         raise InputError(f"{missing[0]} does not exist")
-    opened, scale = {m: h5py.File(f, "r") for m, f in files.items()}, (0.0, 1.0)
-    if (root / "A/comparE_mean_std.h5").is_file():
-        with h5py.File(root / "A/comparE_mean_std.h5", "r") as f:
-            if cv not in f:
-                raise InputError(f"{root / 'A/comparE_mean_std.h5'} has no cross-validation set {cv} (--folds {fold})")
-            scale = f[cv]["mean"][()], np.maximum(f[cv]["std"][()], 1e-6)
+    opened = {m: h5py.File(f, "r") for m, f in files.items()}
     for split, short in (("train", "trn"), ("valid", "val"), ("test", "tst")):
         labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
         for f in (labels, names):
@@ -1061,7 +1081,6 @@ def _read_iemocap(root, source, fold):
             if lost:
                 raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} of {split} lack)")
             rows = [np.asarray(f[k][()], np.float32)[:longest[m]] for k in keys]
-            rows = [(x - scale[0]) / scale[1] for x in rows] if m == "audio" else rows
             padded = [np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]
             part[m] = np.stack(padded).astype(np.float32)
         raw[split] = part

@@ -147,14 +147,16 @@ def normalize_answer(text):
 def vqa_accuracy(prediction, ten_answers):
     """VQA soft accuracy in [0,1]: min(1, matches among the others / 3), each annotator left out once, mean.
 
-    Any number of answers >= 1 works; one answer alone is compared exactly (official code needs ten).
+    With fewer than four annotators the threshold is the number of the others; one answer alone is compared exactly
+    (the official code needs ten).
     """
     truth = [normalize_answer(a) for a in ten_answers]
     guess = normalize_answer(prediction)
     if len(truth) == 1:
         return float(guess == truth[0])
-    hits = truth.count(guess)                                     # without one of the hits, hits - 1 are left
-    score = hits * min(1.0, (hits - 1) / 3) + (len(truth) - hits) * min(1.0, hits / 3)
+    hits, enough = truth.count(guess), min(3, len(truth) - 1)
+    # without one of the hits, hits - 1 are left
+    score = hits * min(1.0, (hits - 1) / enough) + (len(truth) - hits) * min(1.0, hits / enough)
     return score / len(truth)
 
 
@@ -246,8 +248,8 @@ def affect_scores(output, label, scoring="mosi"):
 
     "mosi"     Acc-2: sign of the score, neutral labels (0) left out
     "sims"     the same with zeros kept, as negative
-    "classes"  accuracy of the argmax over C classes With a score also f1 (weighted over the two signs,
-    points), mae, and corr (Pearson; nan where outputs are equal).
+    "classes"  accuracy of the argmax over C classes
+    f1 is weighted, in points; with a score also mae, and corr (Pearson; nan where outputs are equal).
     """
     output, label = np.asarray(output, float), np.asarray(label)
     if scoring == "classes":

@@ -916,7 +916,7 @@ def load_stream(args):
     """The tasks of a run, in the order asked for."""
     world = SMOKE_WORLD if args.smoke else None
     where = args.root, args.samples, args.fold, args.seed, args.max_length
-    return data.affect_stream(args.data, PATTERNS, *where, world).reorder(args.order)
+    return data.affect_stream(args.data, PATTERNS, *where, world, args.standardize).reorder(args.order)
 
 
 def number(task):
@@ -1163,6 +1163,7 @@ def parse_args(argv=None):
     add, number = p.add_argument, metrics.positive
     add("--folds", type=metrics.natural, nargs="+", default=[0], help="of <file>.npz, or IEMOCAP's sets")
     add("--samples", default="shared", choices=("shared", "disjoint"), help="are tasks the same utterances (open)")
+    add("--standardize", default=True, action=metrics.YES_NO, help="real features: mean 0, spread 1 on train")
     add("--max-length", type=number, default=50, help="longer real sequences are averaged over that many windows")
     add("--width", type=number, default=30, help="D of prompts and backbone; paper 30")
     add("--heads", type=number, default=5, help="of the backbone's attention")

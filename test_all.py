@@ -113,6 +113,12 @@ def test_vqa_accuracy_is_the_mean_over_nine_of_ten(hits, want):
     assert metrics.vqa_accuracy("Red", answers) == pytest.approx(by_hand) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("answers, want", [(["red"], 1), (["red", "red"], 1), (["red", "blue"], .5), (["red"] * 3, 1),
+                                           (["red", "red", "blue"], (1 / 2 + 1 / 2 + 1) / 3)])
+def test_vqa_accuracy_of_few_annotators_needs_the_others_alone(answers, want):
+    assert metrics.vqa_accuracy("red", answers) == pytest.approx(want)
+
+
 def test_token_f1_and_exact_match():
     assert metrics.token_f1("the red ball", "red balloon") == pytest.approx(0.5)
     assert metrics.token_f1("", "x") == 0 and metrics.exact_match(" Cat", "cat") == 1
@@ -1996,7 +2002,7 @@ def missing_pickle(path, label="labels", change=None, protocol=4):
     ("mosi", "Processed/unaligned_50.pkl", "regression_labels", 4), ("sims", "Processed/unaligned_39.pkl", "regression_labels", 5)])
 def test_missing_reads_mult_and_mmsa_pickles(tmp_path, source, file, label, protocol):
     content = missing_pickle(tmp_path / file, label, protocol=protocol)
-    stream = affect_stream(source, mp.PATTERNS, tmp_path)
+    stream = affect_stream(source, mp.PATTERNS, tmp_path, standardize=False)
     assert [len(getattr(stream.tasks[2], k)) for k in ("train", "val", "test")] == [6, 4, 5]
     assert stream.extra["dims"] == {"audio": 5, "video": 4, "text": 6} and stream.extra["outputs"] == 1
     assert stream.extra["scoring"] == ("sims" if source == "sims" else "mosi")
@@ -2010,7 +2016,7 @@ def test_missing_reader_cleans_checks_and_names(tmp_path):
         c["train"]["audio"][0, 0, :2] = -np.inf
         c["test"]["text"][1, 1, 1] = np.nan
     missing_pickle(tmp_path / "mosi_data.pkl", change=spoil)
-    stream = affect_stream("mosi", mp.PATTERNS, tmp_path)
+    stream = affect_stream("mosi", mp.PATTERNS, tmp_path, standardize=False)
     assert any("audio of train has 2 values" in n for n in stream.notes) and any("text of test has 1 values" in n for n in stream.notes)
     assert stream.extra["features"]["audio"][0, 0, 0] == 0 and all(np.isfinite(x).all() for x in stream.extra["features"].values())
 
@@ -2075,8 +2081,6 @@ def test_missing_reads_iemocap_h5(tmp_path):
         with h5py.File(tmp_path / file, "w") as f:
             for i, k in enumerate(names):
                 f[k] = rng.standard_normal((longest - i, dim)).astype(np.float32) + 5
-    with h5py.File(tmp_path / "A/comparE_mean_std.h5", "w") as f:
-        f["2/mean"], f["2/std"] = np.full(130, 5.0), np.zeros(130) + 2
     folder = tmp_path / "target/2"
     folder.mkdir(parents=True)
     for k, part in (("trn", slice(0, 6)), ("val", slice(6, 9)), ("tst", slice(9, 12))):
@@ -2085,16 +2089,29 @@ def test_missing_reads_iemocap_h5(tmp_path):
     stream = affect_stream("iemocap", mp.PATTERNS, tmp_path, fold=1)
     assert stream.extra["dims"] == {"audio": 130, "video": 342, "text": 1024} and stream.extra["outputs"] == 4
     assert stream.extra["lengths"] == {"audio": 50, "video": 50, "text": 22}
-    assert abs(stream.extra["features"]["audio"][:, :30].mean()) < 0.05                  # z-scored
+    assert abs(stream.extra["features"]["audio"][:, :30].mean()) < 0.05                  # standardised on train
     with pytest.raises(InputError, match="cross-validation set 1"):
         affect_stream("iemocap", mp.PATTERNS, tmp_path, fold=0)
+
+
+def test_missing_real_features_are_standardised_on_the_training_part():
+    rng = np.random.default_rng(0)
+    x = rng.normal(50, 4, (30, 6, 3)).astype(np.float32)
+    x[..., 1] = 7.1                                                  # never changes: must not explode
+    x[5, 4:] = 0                                                     # padding
+    x[20:] += 100                                                    # test: its mean is not used
+    got = data._standardized(x, 20)
+    steps = np.concatenate([x[i, :4 if i == 5 else 6] for i in range(20)]).astype(float)
+    want = (x[25, 3, 0] - steps[:, 0].mean()) / steps[:, 0].std()
+    assert got[25, 3, 0] == pytest.approx(want, rel=1e-4) and (got[..., 1] == 0).all() and (got[5, 4:] == 0).all()
+    assert np.abs(got[:20][..., [0, 2]]).max() < 6 and got[:20, :, 0].mean() == pytest.approx(0, abs=0.05)
 
 
 def test_missing_reads_npz(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "own.npz"
     x = {"audio": rng.standard_normal((12, 7)), "video": rng.standard_normal((12, 1, 3)), "text": rng.standard_normal((12, 120, 4))}
     np.savez(path, **x, label=np.linspace(-3, 3, 12), fold=np.arange(12) % 4)
-    stream = affect_stream(str(path), mp.PATTERNS, fold=3, max_length=50)
+    stream = affect_stream(str(path), mp.PATTERNS, fold=3, max_length=50, standardize=False)
     assert [len(getattr(stream.tasks[0], k)) for k in ("train", "val", "test")] == [6, 3, 3]
     assert stream.extra["lengths"] == {"audio": 1, "video": 1, "text": 50}
     y = stream.extra["label"]
