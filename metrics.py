@@ -968,7 +968,10 @@ class Table:
                 if self.reference(label) in (None, label) or not both:
                     cells.append("-")
                     continue
-                d = row["against"][k] = paired(*([x[job]["metrics"][k] for job in both] for x in (runs, ref)))
+                first = {job[0] for job in both}                     # folds: their seeds share test data, so each counts once
+                units = [[job for job in both if job[0] == x] for x in first] if len(first) > 1 else [[job] for job in both]
+                d = row["against"][k] = paired(*([np.mean([x[job]["metrics"][k] for job in unit]) for unit in units]
+                                                 for x in (runs, ref)))
                 cells.append(f"{d['difference']:+.2f} ± {d['std']:.2f} ({d['wins']}/{d['n']}, {d['p']:.3f})")
             if self.paper:
                 cells.append(" / ".join("-" if x is None else f"{x:g}" for x in numbers) if numbers else "-")

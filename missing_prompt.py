@@ -66,13 +66,14 @@ class MissingPrompts(nn.Module):
     kinds      the kinds that are attached; a kind left out leaves its layers without prompt (Table 3)
     start      the first layer with a prompt, from 0 (Table 6)     layers   MSA layers of each modality
     keys       "shared": one k_miss and one k_avail; "modality": a pair for each modality
+    specific   "shared": one P_S^t for the three modalities; "modality": one each
     init       standard deviation of the prompts.  Zero is refused: Eq. 2 multiplies two trained tensors, and with
                both at zero neither ever receives a gradient; k_avail = k_miss makes all task-aware prompts equal.
     Raises ValueError where the prompts do not fit into the layers.
     """
 
     def __init__(self, width=30, length=16, patterns=PATTERNS, kinds=KINDS, sequence=KINDS, depths=(1, 1, 1),
-                 start=0, layers=5, keys="shared", init=0.02):
+                 start=0, layers=5, keys="shared", init=0.02, specific="shared"):
         super().__init__()
         if init <= 0:
             raise ValueError("init must be positive: prompts of zero times keys never learn (Eq. 2)")
@@ -89,7 +90,8 @@ class MissingPrompts(nn.Module):
         aware = "TA" in self.plan                                # P_M is also what task-aware prompts are made of
         normal = lambda used, spread, *shape: nn.Parameter(spread * torch.randn(*shape)) if used else None
         self.P_M = normal(aware or "MS" in self.plan, init, M, length, width)                          # (M,L,D)
-        self.P_S = normal("TS" in self.plan, init, T, length, width)                                   # (T,L,D)
+        own = (M, length, width) if specific == "modality" else (length, width)
+        self.P_S = normal("TS" in self.plan, init, T, *own)                                       # (T,[M,]L,D)
         self.k_miss = normal(aware, 0.5, groups, width)                                                # (1|M,D)
         self.k_avail = nn.Parameter(1 + 0.1 * torch.randn(groups, width)) if aware else None           # (1|M,D)
         missing = torch.tensor([[float(m not in p) for m in MODALITIES] for p in patterns])
@@ -135,7 +137,9 @@ class MissingPrompts(nn.Module):
         if "TS" in self.plan:
             # The last N_S: a prompt that belongs to the case alone.
             # h_i^m = MSA_i^m([P_S^t ; h_{i-1}^m])     i = N_M+N_A+1 .. N_M+N_A+N_S                      Eq. 5
-            at["TS"] = dict.fromkeys(MODALITIES, batch(self.task_specific(t)))
+            P_S = self.task_specific(t)
+            each = P_S.unbind(-3) if self.P_S.dim() == 4 else [P_S] * len(MODALITIES)
+            at["TS"] = {m: batch(P) for m, P in zip(MODALITIES, each)}
         return [at[kind] for kind in self.plan]
 
 
@@ -492,13 +496,15 @@ class MissingModalityPrompts(Method):
     """The paper's method: a frozen backbone, three kinds of prompts, contrastive interaction of the tasks.
 
     keep: prompts stay in the sequence until the next kind takes their place.  init: their spread at the start.
+    specific: as in MissingPrompts.  head: the read-out learns, too.
     """
     lr, frozen = 3e-2, True
 
-    def __init__(self, net, store, args, keep=False, init=0.02):
+    def __init__(self, net, store, args, keep=False, init=0.02, specific="shared", head=False):
         super().__init__(net, store, args)
         self.prompts = MissingPrompts(net.width, args.length, PATTERNS, args.prompts, args.sequence, args.depths,
-                                      args.start, net.layers, args.keys, init)
+                                      args.start, net.layers, args.keys, init, specific)
+        net.head.requires_grad_(head)
         self.keep, self.gamma, self.trade_off, self.tau = keep, args.gamma, args.trade_off, args.tau
         self.pairs = {"both": PAIRS, "first": (PAIRS[0], None), "second": (None, PAIRS[1]), "none": ()}[args.pairs]
 
@@ -1064,8 +1070,8 @@ def cosine_map(cosine, path):
 COLUMNS = ("AA", "FM_max", "FM_diag")
 LINE = (*COLUMNS, "right_prompt")                                  # of the last line of a run
 METHOD_ROWS = [
-    ("iCaRL, buffer 250", {"method": "icarl"}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem"}, (63.18, 4.10)),
-    ("ER, buffer 250", {"method": "er"}, (65.78, 3.44)), ("DER++, buffer 250", {"method": "derpp"}, (64.62, 2.74)),
+    ("iCaRL, buffer 250", {"method": "icarl", "buffer": 250}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem", "buffer": 250}, (63.18, 4.10)),
+    ("ER, buffer 250", {"method": "er", "buffer": 250}, (65.78, 3.44)), ("DER++, buffer 250", {"method": "derpp", "buffer": 250}, (64.62, 2.74)),
     ("iCaRL, buffer 500", {"method": "icarl", "buffer": 500}, (66.81, 2.01)),
     ("A-GEM, buffer 500", {"method": "agem", "buffer": 500}, (65.12, 2.88)),
     ("ER, buffer 500", {"method": "er", "buffer": 500}, (68.91, 1.12)),
@@ -1100,6 +1106,12 @@ TABLES = {
         ("layers 3 4 5", {"start": 2}, (70.06, 0.23)), ("layers 1 2 3", {}, (71.87, -0.15)),
         ("N_M N_A N_S = 2 1 1", {"depths": [2, 1, 1]}, (71.10, 0.07)),
         ("N_M N_A N_S = 1 2 2", {"depths": [1, 2, 2]}, (71.42, -0.09))]),
+    "open": ("What our copy leaves open", "as we read it", [
+        ("as we read it", {}, None), ("keys of each modality", {"keys": "modality"}, None),
+        ("P_S of each modality", {"options": {"specific": "modality"}}, None),
+        ("the read-out learns", {"options": {"head": True}}, None),
+        ("prompts stay in the sequence", {"options": {"keep": True}}, None),
+        ("each task has its own utterances", {"samples": "disjoint"}, None)]),
     "fig5": ("Figure 5: prompt length (the paper prints no numbers: it rises, falls, and peaks at 16)", "L = 16", [
         (f"L = {n}", {"length": n}, None) for n in (1, 2, 4, 8, 16, 24, 32, 48)]),
     "bounds": ("Bounds of the built-in world", None, [

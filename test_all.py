@@ -1562,6 +1562,38 @@ def missing_msa_loop(layer, x, n):
     return np.stack(out)
 
 
+def test_missing_task_specific_prompts_of_each_modality_and_a_trained_head():
+    prompts = mp.MissingPrompts(6, 4, specific="modality")
+    assert prompts.P_S.shape == (7, 3, 4, 6)
+    for t in (2, torch.tensor([2, 5])):
+        at = prompts.attach(t)[2]
+        for i, m in enumerate(MODALITIES):
+            for row, k in zip(at[m], [2] if isinstance(t, int) else [2, 5]):
+                assert torch.equal(row, prompts.P_S[k, i])
+    learner, _ = missing_learner("prompts")
+    assert not any(p.requires_grad for p in learner.net.parameters())
+    a = missing_args("--method", "prompts")
+    a.options = {"head": True}
+    method = mp.build_method(a, mp.load_backbone(a, stream := mp.load_stream(a)), stream)
+    assert {name.split(".")[0] for name, p in method.net.named_parameters() if p.requires_grad} == {"head"}
+
+
+def test_missing_folds_are_the_unit_of_a_comparison(tmp_path, monkeypatch):
+    """Two folds of two seeds are two pairs, not four."""
+    gain = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 0.0, (1, 1): 2.0}
+
+    def fake(args, folder):
+        A = 50 - gain[args.fold, args.seed] * (args.pairs == "none")
+        return metrics.Run(folder, metrics.deciding(args), ["x"]).finish({"AA": A, "FM_max": 0.0, "FM_diag": 0.0})
+    monkeypatch.setattr(mp, "run", fake)
+    for folds, n, difference in (("0 1", 2, -1.5), ("0", 2, -2.0)):  # of one fold, the seeds are
+        mp.main(["--table", "4", "--folds", *folds.split(), "--seeds", "0", "1", "--out", str(tmp_path / folds), "--rows", "without L_con",
+                 "default"])
+        rows = {r["label"]: r for r in json.loads((tmp_path / folds / "table4.json").read_text())["rows"]}
+        said = rows["without L_con"]["against"]["AA"]
+        assert said["n"] == n and said["difference"] == pytest.approx(difference)
+
+
 def test_missing_eq_1_4_5_prepend_attend_drop():
     torch.manual_seed(1)
     layer = mp.MSALayer(6, 2).double().eval()
