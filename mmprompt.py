@@ -511,7 +511,9 @@ def file_regions(folder):
 def grid_features(name, root, device, cells=6):
     """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36
     cells with boxes. Each picture passes the vision model once; the result is kept on disk."""
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
+    # From its own module: the one at the top level asks for torchvision in some versions.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     model = metrics.from_pretrained(AutoModel, name, "--vision")
     model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
     process = metrics.from_pretrained(AutoImageProcessor, name, "--vision")
