@@ -215,16 +215,20 @@ def describe(stream):
 
 
 def inside(root, path):
-    """root/path, refusing a path in the data that leaves the root.  Raises InputError."""
-    full = Path(root) / path
-    if not full.resolve().is_relative_to(Path(root).resolve()):
+    """root/path, refusing a path in the data that leaves the root, by .. or by a link.  Raises InputError."""
+    if not isinstance(path, str) or "\0" in path:
+        raise InputError(f"the data names {path!r} as a picture; a path below --root is needed")
+    full, top = os.path.join(root, path), os.path.realpath(root)
+    if os.path.commonpath([os.path.realpath(full), top]) != top:
         raise InputError(f"the data names {path!r}, which leaves {root}; use paths below --root")
-    return full
+    return Path(full)
 
 
 def open_picture(path):
     """The picture as RGB, decoded whole.  Raises InputError for a missing, truncated or unreadable file."""
     from PIL import Image
+    if os.path.exists(path) and not os.path.isfile(path):            # a pipe would wait for ever
+        raise InputError(f"picture {path} is no regular file; replace it or remove its questions")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -690,7 +694,7 @@ def _jsonl(setting, path, root, seed):
     root = root or path.parent
     parts, types, categories = {"train": [], "val": [], "test": []}, {}, {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")         # U+2028 in a string ends no line
     except (FileNotFoundError, UnicodeDecodeError) as e:
         raise InputError(f"{path} cannot be read ({type(e).__name__}); --data takes a UTF-8 file of one JSON object "
                          "a line")
@@ -699,7 +703,8 @@ def _jsonl(setting, path, root, seed):
             continue
         try:
             row = json.loads(line)
-            answers = row["answers"] if "answers" in row else [row["answer"]]
+            answers = row["answers"] if "answers" in row else row["answer"]
+            answers = answers if isinstance(answers, list) else [answers]          # a word is one answer, not its letters
             sample = Sample(row.get("id", number), row["image"], row["question"], tuple(map(str, answers)),
                             str(row["question_type"]), str(row["category"]))
         except json.JSONDecodeError as e:
@@ -1538,6 +1543,8 @@ def picture_problem(path):
     two ends."""
     path = Path(path)
     try:
+        if not path.is_file():                                       # a folder, a pipe, or nothing
+            return "missing"
         with open(path, "rb") as f:
             head = f.read(16)
             f.seek(max(0, path.stat().st_size - 1024))
@@ -1566,10 +1573,7 @@ def parse_box(text):
 
 
 def _coin_file(path, task, root, count):
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not JSON ({e}); download the file again")
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: a JSON list of samples is needed, this is a {type(rows).__name__}")
     samples = []
@@ -1588,12 +1592,13 @@ def _coin_file(path, task, root, count):
         sample = {"id": row.get("id", row.get("question_id", i)), "text": text, "answer": str(answer).strip(),
                   "kind": _RULES[task], "image": None, "pad": True}
         if row.get("answers"):                                       # ten annotators, where the file has them
-            sample["answers"] = [a["answer"] if isinstance(a, dict) else a for a in row["answers"]]
+            several = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]        # not its letters
+            sample["answers"] = [a["answer"] if isinstance(a, dict) else a for a in several]
         if task == "REC" and parse_box(answer) is None:
             count["boxes that cannot be parsed, left out"] += 1
             continue
         if row.get("image"):
-            sample["image"] = str(root / row["image"])
+            sample["image"] = str(inside(root, row["image"]))
             problem = picture_problem(sample["image"])
             if problem:
                 count[f"pictures {problem}, samples left out"] += 1

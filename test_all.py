@@ -1040,6 +1040,12 @@ def test_jsonl_reader_and_its_mends(tmp_path):
         path.write_text("\n".join(rows))
         with pytest.raises(InputError, match=re.escape(message)):
             data.vqa_stream("QI", path)
+    odd = {**lines[0], "question": "what\u2028is this", "answers": "red"}            # one line, and one answer
+    del odd["answer"]
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in [odd, *lines[1:]]), encoding="utf-8")
+    stream = data.vqa_stream("QI", path)
+    first, = (s for t in stream.tasks for k in ("train", "val", "test") for s in getattr(t, k) if "\u2028" in s.question)
+    assert first.answers == ("red",)
     path.write_text("\n".join(json.dumps({**r, "split": "train"}) for r in lines))
     with pytest.raises(InputError, match="has no val and no test"):
         data.vqa_stream("QI", path)
@@ -1117,8 +1123,17 @@ def test_pictures_that_cannot_be_read(tmp_path):
         data.open_picture(tmp_path / "images/1.png")
     with pytest.raises(InputError, match="9.png is missing"):
         data.open_picture(tmp_path / "images/9.png")
-    with pytest.raises(InputError, match="leaves"):
-        data.inside(tmp_path, "../x.png")
+    (tmp_path / "images/away.png").symlink_to("/etc/hostname")
+    for path in ("../x.png", "/etc/hostname", "images/away.png"):
+        with pytest.raises(InputError, match="leaves"):
+            data.inside(tmp_path, path)
+    with pytest.raises(InputError, match="below --root is needed"):
+        data.inside(tmp_path, 5)
+    os.mkfifo(tmp_path / "images/pipe.png")                          # opened, it would wait for ever
+    for odd in ("images/pipe.png", "images"):
+        with pytest.raises(InputError, match="no regular file"):
+            data.open_picture(tmp_path / odd)
+        assert data.picture_problem(tmp_path / odd) == "missing"
 
 
 # -------------------------------------------------------------------------------------------- region features from files
@@ -2986,6 +3001,11 @@ def test_modal_coin_reader_counts_what_it_leaves_out(tmp_path):
     assert image.size == (40, 40)                                        # padded to the square its boxes refer to
     assert image.getpixel((20, 20))[1] == pytest.approx(50, abs=6) and gqa.train[0]["text"] == "What?\n" + data.WORD
     assert len(data.instruction_stream("coin", root, limit=4).tasks[1].test) == 4
+    rows = json.loads(boxes.read_text())
+    rows[0]["image"] = "../secret.jpg"
+    boxes.write_text(json.dumps(rows))
+    with pytest.raises(data.InputError, match="leaves"):
+        data.instruction_stream("coin", root)
     for damage in ("[{]", '{"a": 1}', '[{"image": "x.jpg"}]'):
         science.write_text(damage)
         with pytest.raises(data.InputError, match="train.json"):
