@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -313,6 +314,8 @@ def atomic(path, mode="w"):
     try:
         with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())                                     # on the disk before it takes the old file's name
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -623,6 +626,8 @@ class Run:
         # the cursor: task, part of it (a subtask), epochs done, was the task begun, best epoch, optimiser
         self.stage, self.part, self.epoch, self.begun, self.best, self.optimizer = 0, 0, 0, False, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob(".*.part"):                     # half-written files of a killed run
+            part.unlink()
         self.state = self._load() if resume else None
         if self.state is None:
             self._make_room()
@@ -1107,7 +1112,12 @@ def deciding(args):
 
 
 def run_cli(main):
-    """Run a script's main().  Bad input, a full disk, no GPU memory: one clear line, exit code 2; Ctrl-C: 130."""
+    """Run a script's main().  Bad input, a full disk, no GPU memory: one clear line, exit code 2.
+
+    Ctrl-C and SIGTERM: one line, exit code 130.  A terminal without a sign that is printed shows "?" for it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

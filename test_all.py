@@ -130,6 +130,24 @@ def test_paired_sign_flip_by_enumeration():
     assert metrics.mean_std([1, 3]) == (2, pytest.approx(math.sqrt(2)))
 
 
+def test_half_written_files_of_a_killed_run_go(tmp_path):
+    (tmp_path / ".checkpoint.pt.99.part").write_text("half")
+    metrics.Run(tmp_path, {"a": 1}, ["x"], resume=True)
+    assert not [*tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 130), ("SIGINT", 130)])
+def test_signals_end_in_one_line_and_any_terminal_can_show_it(name, code):
+    """Also where the terminal knows ASCII alone."""
+    program = ("import os, signal, metrics\n"
+               "def main():\n    print('1 \u00b1 2', flush=True)\n    os.kill(os.getpid(), signal." + name + ")\n    signal.pause()\n"
+               "metrics.run_cli(main)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+                          timeout=60)
+    assert done.returncode == code and done.stdout == b"1 ? 2\n"
+    assert done.stderr == b"stopped; --resume goes on from the last finished epoch\n"
+
+
 def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
