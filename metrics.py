@@ -26,12 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from data import InputError, parse_box
+from data import InputError, cache_folder, parse_box
 
 # ======================================================================================== the accuracy matrix
 
@@ -589,6 +590,128 @@ def peak_memory_mb():
         return peak / (2 ** 20 if sys.platform == "darwin" else 1024)
     except ImportError:                                              # Windows has no resource module
         return float("nan")
+
+
+# ================================================================================================ the data path
+# A GPU waits for nobody: what a frozen model makes of a picture is computed once for all runs, and the next
+# batch is made while this one learns.
+
+
+def file_key(path):
+    """What names a file's content at this moment: path, size, time of the last change.  Raises InputError."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"picture {path} is missing ({getattr(e, 'strerror', e)}): put the picture folder "
+                         f"{Path(path).parent} there, or name the folder above it with --root") from None
+    return digest([os.path.abspath(path), state.st_size, state.st_mtime_ns])
+
+
+def fingerprint(module):
+    """A digest of a torch module's weights, by the sum and the norm of each."""
+    import torch
+    with torch.no_grad():
+        return digest([[p.double().sum().item(), p.double().norm().item()] for p in module.parameters()])
+
+
+class FeatureFile:
+    """What a frozen model makes of many items, each computed once and kept in the cache: half precision,
+    memory-mapped, so that memory does not grow with the number of items.
+
+    name, made_of: of the folder; made_of is all that the numbers depend on: model, sizes, code.  Each pass
+    writes a file of rows and a list of their keys: a pass that was stopped goes on where it was, an item under
+    a new key is computed, and two passes at once do not meet.
+    """
+
+    def __init__(self, name, made_of):
+        self.folder = cache_folder() / f"{name}-{digest(made_of)}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows = {}                                               # key -> (its file, row)
+        self._list()
+
+    def _list(self):
+        for index in self.folder.glob("*.keys"):
+            path, lines = index.with_suffix(".f16"), index.read_text().split("\n")[:-1]   # a half-written line is none
+            if len(lines) > 1:
+                self.shape = tuple(map(int, lines[0].split()))       # of one row
+                whole = path.stat().st_size // (2 * math.prod(self.shape))
+                self.rows.update((key, (path, i)) for i, key in enumerate(lines[1:whole + 1]))
+
+    def fill(self, items, decode, compute, batch=64, quiet=False):
+        """Computes what is not there yet.
+
+        items {key: item}; decode(item), in worker processes, -> anything; compute(list of B of these) -> a
+        tensor (B,...).  Raises InputError where decode does, and for numbers that are not finite.
+        """
+        import torch
+        from tqdm import tqdm
+        todo = [key for key in items if key not in self.rows]
+        workers = min(8, os.cpu_count() or 1) if len(todo) > 500 and hasattr(os, "fork") else 0
+        loader = torch.utils.data.DataLoader(_Decoded([items[key] for key in todo], decode), batch, num_workers=workers,
+                                             collate_fn=list, multiprocessing_context="fork" if workers else None)
+        if not todo:
+            return
+        path = self.folder / f"{os.getpid()}-{time.time_ns()}.f16"
+        with open(path, "wb") as rows, open(path.with_suffix(".keys"), "w") as index, \
+                tqdm(total=len(todo), unit="item", desc="features", leave=False, mininterval=1, disable=quiet) as bar:
+            for i, decoded in enumerate(loader):
+                wrong = next((x for x in decoded if isinstance(x, InputError)), None)
+                if wrong:
+                    raise wrong
+                features = compute(decoded).half().cpu().numpy()     # (B,...)
+                keys = todo[i * batch:(i + 1) * batch]
+                if not np.isfinite(features).all():
+                    raise InputError(f"features that are not finite, of one of {items[keys[0]]} and the next {len(keys) - 1}")
+                rows.write(features.tobytes())
+                rows.flush()                                         # rows first: a key never lacks its row
+                index.write("".join(f"{line}\n" for line in ([] if i else [" ".join(map(str, features.shape[1:]))]) + keys))
+                index.flush()
+                bar.update(len(keys))
+        self._list()
+
+    def read(self, keys):
+        """The rows of these keys: a tensor (B,...) in half precision.  Each file is mapped for this read alone."""
+        import torch
+        out = np.empty((len(keys), *self.shape), np.float16)
+        places = [self.rows[key] for key in keys]
+        for path in {path for path, _ in places}:
+            mapped = np.memmap(path, np.float16, "r").reshape(-1, *self.shape)
+            here = [(b, row) for b, (other, row) in enumerate(places) if other == path]
+            out[[b for b, _ in here]] = mapped[[row for _, row in here]]
+        return torch.from_numpy(out)
+
+
+class _Decoded:
+    """A data set for torch's DataLoader.  An InputError travels as a value: the loader would wrap it in a traceback."""
+
+    def __init__(self, items, decode):
+        self.items, self.decode = items, decode
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:
+            return self.decode(self.items[i])
+        except InputError as e:
+            return e
+
+
+def ahead(make, items, depth=2):
+    """Yields make(item) of each item, the next ones made in a thread while this one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        for item in items:
+            waiting.append(thread.submit(make, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pinned(tensors, device):
+    """The tensors, in memory that a CUDA device reads without waiting."""
+    return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
 
 
 # =========================================================================== a run, and what it leaves behind

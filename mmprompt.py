@@ -23,8 +23,6 @@ Call path main                          reads the flags, one run a seed
                   VQABackbone.loss      the frozen decoder reads the encoder's output: L_CE
 """
 import dataclasses
-import functools
-import hashlib
 import inspect
 import random
 import sys
@@ -376,8 +374,9 @@ class VQABackbone(nn.Module):
     """A T5 encoder-decoder that reads question tokens and visual tokens in one sequence, with room for
     prompts.
 
-    t5: any T5ForConditionalGeneration.  pictures(image) -> (features (n,f), boxes (n,4)).  Everything is
-    frozen at first. prefix: put before each question.  max_question, max_answer: in tokens.
+    t5: any T5ForConditionalGeneration.  pictures(B images) -> features (B,Nv,f), boxes (B,Nv,4), how many are
+    real (B).  Everything is frozen at first.  prefix: put before each question.  max_question, max_answer: in
+    tokens.
     """
 
     def __init__(self, t5, tokenizer, visual, pictures, prefix="", max_question=20, max_answer=8):
@@ -385,40 +384,34 @@ class VQABackbone(nn.Module):
         self.t5, self.tokenizer, self.visual, self.width = t5, tokenizer, visual, t5.config.d_model
         self.pictures, self.prefix = pictures, prefix
         self.max_question, self.max_answer = max_question, max_answer
-        self.memo = {}                                          # image -> F_v of it, while `visual` is frozen
+        self.known = {}                                         # text -> its tokens: each is split once
         self.eval().requires_grad_(False)                  # dropout off too: the backbone is a fixed function
 
     def tokens(self, texts, limit):
-        out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return out["input_ids"].to(self.t5.device), out["attention_mask"].bool().to(self.t5.device)  # 2 x (B,N)
+        """B texts -> ids (B,N), which are real (B,N)"""
+        new = [text for text in {*texts} if (text, limit) not in self.known]
+        if new:
+            ids = self.tokenizer(new, truncation=True, max_length=limit)["input_ids"]
+            self.known.update(zip(((text, limit) for text in new), map(torch.tensor, ids)))
+        rows = [self.known[text, limit] for text in texts]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None]                                # (B,N) (B,N)
 
-    def see(self, images):
-        """A list of B pictures' tokens, (n,D) each.  While the eyes are frozen, a picture is looked at
-        once."""
-        learning = self.visual.place.weight.requires_grad
-        if learning:
-            self.memo.clear()
-        if learning or any(image not in self.memo for image in images):
-            features, boxes = zip(*[self.pictures(image) for image in images])
-            F_v = self.visual(self.pad(features), self.pad(boxes))                               # (B,Nv,D)
-            rows = [row[:len(f)] for row, f in zip(F_v, features)]
-            if learning:
-                return rows
-            self.memo.update(zip(images, map(torch.clone, rows)))    # copies: a view would keep its whole batch
-        return [self.memo[image] for image in images]
-
-    def pad(self, rows):
-        """B arrays (n,..) -> (B,Nv,..)"""
-        return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.t5.device)
-
-    def embed(self, samples):
-        """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0."""
+    def read(self, samples, answers=()):
+        """A batch as tensors on the CPU, made ahead of the step: question tokens, regions, answer tokens."""
         ids, q_mask = self.tokens([self.prefix + s.question for s in samples], self.max_question)
+        features, boxes, count = self.pictures([s.image for s in samples])
+        v_mask = torch.arange(features.shape[1]) < count[:, None]                                # (B,Nv)
+        labels = self.tokens(answers, self.max_answer) if answers else ()                        # 2 x (B,Na)
+        return metrics.pinned([ids, q_mask, features, boxes, v_mask, *labels], self.t5.device)
+
+    def embed(self, batch):
+        """F_q (B,Nq,D), F_v (B,Nv,D) and their masks: the tokens before encoder block 0.  batch: of read()"""
+        ids, q_mask, features, boxes, v_mask = (x.to(self.t5.device, non_blocking=True) for x in batch[:5])
         F_q = self.t5.get_input_embeddings()(ids)                                                # (B,Nq,D)
-        rows = self.see([s.image for s in samples])
-        F_v, sizes = self.pad(rows), torch.tensor([len(row) for row in rows])
-        v_mask = torch.arange(F_v.shape[1]) < sizes[:, None]                                     # (B,Nv)
-        return F_q, F_v, q_mask, v_mask.to(self.t5.device)
+        F_v = self.visual(features.float(), boxes)                                               # (B,Nv,D)
+        return F_q, F_v, q_mask, v_mask
 
     def position_bias(self, Nq, mask, dtype):
         """What attention scores get added: T5's own bias between question tokens, zero wherever a visual or
@@ -462,10 +455,10 @@ class VQABackbone(nn.Module):
         mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
         return longer, mask, self.position_bias(Nq, mask, h.dtype)                             # (B,H,N+P,N+P)
 
-    def loss(self, hidden, mask, answers):
-        """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), answers: B strings -> ()"""
+    def loss(self, hidden, mask, batch):
+        """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), batch: of read() -> ()"""
         from transformers.modeling_outputs import BaseModelOutput
-        labels, real = self.tokens(answers, self.max_answer)                                     # (B,Na)
+        labels, real = (x.to(self.t5.device, non_blocking=True) for x in batch[5:])              # (B,Na)
         out = self.t5(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(),
                       labels=labels.masked_fill(~real, -100))
         return out.loss
@@ -479,38 +472,44 @@ class VQABackbone(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-# ---- pictures: each of these returns load(image) -> features (n,f), boxes (n,4)
+# ---- pictures: each of these returns load(B images) -> features (B,Nv,f), boxes (B,Nv,4), how many are real (B)
+
+
+def padded(rows):
+    """B pairs of features (n,f) and boxes (n,4), n as it comes -> (B,Nv,f), (B,Nv,4), the n (B)"""
+    features, boxes = (nn.utils.rnn.pad_sequence(list(x), batch_first=True) for x in zip(*rows))
+    return features, boxes, torch.tensor([len(row[0]) for row in rows])
 
 
 def world_regions(regions):
     """Regions of the built-in world: the crops' pixels in [-1,1] are the feature, f = 768."""
-    pixels, boxes, valid = regions
-    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), valid.sum(1)  # (S,6,768) uint8
-    return lambda row: (flat[row, :count[row]].float() / 127.5 - 1, boxes[row, :count[row]])
+    pixels, boxes, valid = regions                                   # (S,6,16,16,3) uint8, (S,6,4), (S,6)
+    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), torch.from_numpy(valid.sum(1))
 
-
-def picture_regions(root):
-    """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16
-    pixels each."""
-    grid = [(x / 3, y / 3, (x + 1) / 3, (y + 1) / 3) for y in range(3) for x in range(3)] + [(0, 0, 1, 1)]
-    boxes = torch.tensor(grid, dtype=torch.float32)                                              # (10,4)
-
-    @functools.lru_cache(maxsize=50_000)
-    def load(image):
-        crops = data.region_pixels(data.open_picture(data.inside(root, image)), grid)
-        return torch.from_numpy(crops).flatten(1).float() / 127.5 - 1, boxes
+    def load(rows):
+        most = int(count[rows].max())                                # Nv
+        return flat[rows, :most].float() / 127.5 - 1, boxes[rows, :most], count[rows]
     return load
 
 
 def file_regions(folder):
     """Region features made elsewhere: data.region_files, as tensors."""
     load = data.region_files(folder)
-    return lambda image: tuple(torch.from_numpy(x) for x in load(image))
+    return lambda images: padded([tuple(map(torch.from_numpy, load(image))) for image in images])
 
 
-def grid_features(name, root, device, cells=6):
+def picture_regions(root, images):
+    """Regions of any picture for the small backbone: a 3 x 3 grid of crops and the whole picture, 16 x 16
+    pixels each."""
+    grid = [(x / 3, y / 3, (x + 1) / 3, (y + 1) / 3) for y in range(3) for x in range(3)] + [(0, 0, 1, 1)]
+    crops = lambda picture: data.region_pixels(picture, grid)        # (10,16,16,3) uint8
+    pixels = lambda batch: torch.from_numpy(np.stack(batch)).flatten(2) / 127.5 - 1              # (B,10,768)
+    return kept_features("crops", "", root, images, crops, pixels, torch.tensor(grid, dtype=torch.float32))
+
+
+def grid_features(name, root, images, device, cells=6):
     """Patch features of a frozen CLIP, SigLIP or DINOv2 (Hugging Face id or folder), averaged to 6 x 6 = 36
-    cells with boxes. Each picture passes the vision model once; the result is kept on disk."""
+    cells with boxes."""
     from transformers import AutoModel
     # From its own module: the one at the top level asks for torchvision in some versions.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -522,22 +521,25 @@ def grid_features(name, root, device, cells=6):
                          dtype=torch.float32)                                                    # (36,4)
 
     @torch.no_grad()
-    def load(image):
-        path = data.inside(root, image)
-        try:
-            key = f"{name} {path.resolve()} {path.stat().st_mtime_ns}"
-        except OSError:
-            raise InputError(f"picture {path} is missing; put it there or name the folder above it with --root")
-        kept = data.cache_folder() / f"grid-{cells}-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}.npy"
-        if not kept.exists():
-            pixels = process(images=data.open_picture(path), return_tensors="pt")["pixel_values"].to(device)
-            patches = model(pixel_values=pixels).last_hidden_state                             # (1,(1+)n*n,f)
-            side = int(patches.shape[1] ** 0.5)                                 # a class token may come first
-            square = patches[0, -side * side:].T.reshape(1, -1, side, side)                      # (1,f,n,n)
-            pooled = F.adaptive_avg_pool2d(square.float(), cells)[0].flatten(1).T.cpu().numpy()  # (36,f)
-            with metrics.atomic(kept, "wb") as f:
-                np.save(f, pooled.astype(np.float16))
-        return torch.from_numpy(np.load(kept).astype(np.float32)), boxes
+    def average(batch):
+        patches = model(pixel_values=torch.cat(batch).to(device)).last_hidden_state            # (B,(1+)n*n,f)
+        side = int(patches.shape[1] ** 0.5)                                     # a class token may come first
+        square = patches[:, -side * side:].mT.unflatten(2, (side, side))                         # (B,f,n,n)
+        return F.adaptive_avg_pool2d(square.float(), cells).flatten(2).mT                        # (B,36,f)
+    look = lambda picture: process(images=picture, return_tensors="pt")["pixel_values"]          # (1,3,h,w)
+    return kept_features(f"grid {cells}", metrics.fingerprint(model), root, images, look, average, boxes)
+
+
+def kept_features(what, model, root, images, look, average, boxes):
+    """Every picture is looked at once, before training; what was seen lies in the cache's memory-mapped file."""
+    paths = {image: data.inside(root, image) for image in images}
+    keys = {image: metrics.file_key(path) for image, path in paths.items()}
+    kept = metrics.FeatureFile("pictures", [what, model, inspect.getsource(grid_features), data.REGION_PIXELS])
+    kept.fill({keys[image]: path for image, path in paths.items()}, lambda path: look(data.open_picture(path)), average)
+
+    def load(batch):
+        features = kept.read([keys[image] for image in batch])                                   # (B,Nv,f) half
+        return features, boxes.expand(len(batch), -1, -1), torch.full((len(batch),), len(boxes))
     return load
 
 
@@ -551,27 +553,25 @@ def load_backbone(args, stream):
     root, built_in, small = stream.extra.get("root"), args.data == "mini", args.backbone == "mini"
     if built_in and not small:
         raise InputError("--data mini is for the small backbone; with --backbone give your own --data")
-    if not built_in and not args.features:
-        first = data.inside(root, stream.tasks[0].train[0].image)
-        if not first.exists():
-            raise InputError(f"picture {first} is missing: put the picture folder {first.parent} there, or name "
-                             "region features with --features")
     visual = None
     if small:
         texts = [] if built_in else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
         t5, visual = load_small(args.backbone_seed)
         tokenizer = mini_tokenizer(texts)
-        pictures = world_regions(stream.extra["regions"]) if built_in else picture_regions(root)
+        pictures = world_regions(stream.extra["regions"]) if built_in else None
     else:
         t5, tokenizer = load_t5(args.backbone)
         if not args.features and not args.vision:
             raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
-        pictures = None if args.features else grid_features(args.vision, root, args.device)
+        pictures = None
     if args.features:
         pictures, visual = file_regions(args.features), None
+    elif pictures is None:
+        images = {s.image: None for t in stream.tasks for part in (t.train, t.val, t.test) for s in part}  # in order, once
+        pictures = picture_regions(root, images) if small else grid_features(args.vision, root, images, args.device)
     args.train_vision = args.train_vision or ("never" if visual is not None else "first")
     if visual is None:                                          # width of the features: ask the first picture
-        width = pictures(stream.tasks[0].train[0].image)[0].shape[1]
+        width = pictures([stream.tasks[0].train[0].image])[0].shape[-1]
         torch.manual_seed(0)
         visual = VisualEmbedding(width, t5.config.d_model)
     blocks, wanted = len(t5.encoder.block), max(args.layers_g + args.layers_e)
@@ -598,17 +598,17 @@ def load_t5(name):
 
 
 class Method(nn.Module):
-    """What the compared methods share: the current task, kept as a buffer so that a resumed run knows it."""
+    """What the compared methods share: they know the current task, t."""
     lr, layers, keep, weights = 8e-3, {}, False, {}
     whole_t5 = False                                                 # does the T5 itself learn?
     one_stage = False                                                # knows no tasks: all of them at once
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("t", torch.tensor(0))
+        self.t = 0
 
     def begin_task(self, t):
-        self.t.fill_(t)
+        self.t = t
 
     def end_task(self):
         pass
@@ -681,11 +681,11 @@ class DualPrompt(Method):
             self.pools[M + "keys"] = torch.zeros(tasks, d_model)     # zeros: the task has not begun
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        expert, pull, chosen, t = [], 0, {}, int(self.t)
+        expert, pull, chosen, t = [], 0, {}, self.t
         for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
             keys = self.pools[M + "keys"]                                                        # (T,D)
-            if self.training and not keys[t].any():
-                keys.data[t] = q.detach().mean(0)
+            if self.training:
+                keys.data[t] = torch.where(keys[t].any(), keys[t], q.mean(0)).detach()
             s = cosines(q, keys)                                                                 # (B,T)
             pull = pull + (1 - s[:, t]).mean()
             # training knows its task, test does not: there the nearest key of the tasks so far decides
@@ -712,7 +712,7 @@ class CODAPrompt(Method):
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        p, penalty, t = {}, 0, int(self.t)
+        p, penalty, t = {}, 0, self.t
         for name, pool in self.pools.items():
             each = len(pool["key"]) // self.tasks                    # components per task
             old, now = t * each, (t + 1) * each
@@ -826,12 +826,13 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     rates = [group.setdefault("first_lr", group["lr"]) for group in optimizer.param_groups]
     falling = getattr(method, "schedule", "constant") == "linear"    # to zero, over the epochs of the task
     method.train()
+
+    def read(i):
+        batch = order[i:i + args.batch] + rng.sample(memory, min(args.batch, len(memory)))
+        return backbone.read(batch, [draw_answer(rng, s.answers) for s in batch])
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
-    for step, i in enumerate(bar):
-        batch = order[i:i + args.batch]
-        if memory:
-            batch = batch + rng.sample(memory, min(args.batch, len(memory)))
-        loss = batch_loss(args, backbone, method, batch, [draw_answer(rng, s.answers) for s in batch])
+    for step, batch in enumerate(metrics.ahead(read, bar)):
+        loss = batch_loss(args, backbone, method, batch)
         value = loss.item()
         run.check(value, step, optimizer)
         if falling:
@@ -847,11 +848,11 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     return total / max(len(bar), 1)
 
 
-def batch_loss(args, backbone, method, samples, answers):
-    """Eq. 11 on a batch: prompts in, answer out."""
+def batch_loss(args, backbone, method, batch):
+    """Eq. 11 on a batch of backbone.read(): prompts in, answer out."""
     with precision(args):
-        hidden, mask, out = backbone.encode(*backbone.embed(samples), method, args.train_modality)
-        ce = backbone.loss(hidden, mask, answers)
+        hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
+        ce = backbone.loss(hidden, mask, batch)
     return total_loss(ce, out.losses, method.weights)
 
 
@@ -885,10 +886,10 @@ def evaluate(args, backbone, method, samples, modality=None):
     depends on its own sample alone.  modality: what the encoder sees, default --modality."""
     method.eval()
     score, f1, chosen = 0.0, 0.0, {}
-    for i in range(0, len(samples), args.eval_batch):
-        part = samples[i:i + args.eval_batch]
+    parts = [samples[i:i + args.eval_batch] for i in range(0, len(samples), args.eval_batch)]
+    for part, batch in zip(parts, metrics.ahead(backbone.read, parts)):
         with precision(args):
-            hidden, mask, out = backbone.encode(*backbone.embed(part), method, modality or args.modality)
+            hidden, mask, out = backbone.encode(*backbone.embed(batch), method, modality or args.modality)
             answers = backbone.answer(hidden, mask)
         for s, answer in zip(part, answers):
             score += metrics.vqa_accuracy(answer, s.answers)
@@ -912,8 +913,7 @@ def run(args, folder):
     run.restore(**may_change(args, backbone, method))                # what a killed run had learned
     one_stage = getattr(method, "one_stage", False)                  # the bounds none and joint know no tasks
     for t, task in run.tasks(stream.mixed() if one_stage else stream.tasks):
-        if run.fresh:                                                # a killed run may have begun it
-            method.begin_task(t)
+        method.begin_task(t)
         learn_task(args, backbone, method, task, run, stream.tasks[:t])
         method.end_task()
         seen = stream.tasks if one_stage else stream.tasks[:t + 1]
@@ -1261,8 +1261,9 @@ def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
         rows = [rng.randrange(scenes_n) for _ in range(BATCH)]
         pairs = [data.upstream_statement(rng, scenes[r]) for r in rows]
         samples = [data.Sample(r, r, statement, (gap,), "", "") for r, (statement, gap) in zip(rows, pairs)]
-        hidden, mask, _ = backbone.encode(*backbone.embed(samples))
-        return backbone.loss(hidden, mask, [gap for _, gap in pairs])
+        batch = backbone.read(samples, [gap for _, gap in pairs])
+        hidden, mask, _ = backbone.encode(*backbone.embed(batch))
+        return backbone.loss(hidden, mask, batch)
     optimizer = torch.optim.AdamW(both.parameters(), RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 20), pct_start=0.1)
     metrics.fit("small backbone: statements", fill_the_gap, optimizer, schedule, steps, grad_clip=1.0, quiet=quiet)

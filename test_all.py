@@ -640,7 +640,8 @@ def tiny_t5(D=16, blocks=6):
 
 
 def tiny_model(D=16):
-    pictures = lambda image: (torch.full((2 + image % 3, 5), float(image) / 7), torch.tensor([[0, 0, .5, .5]] * (2 + image % 3)))
+    pictures = lambda images: mmprompt.padded([
+        (torch.full((2 + image % 3, 5), float(image) / 7), torch.tensor([[0, 0, .5, .5]] * (2 + image % 3))) for image in images])
     torch.manual_seed(0)
     return mmprompt.VQABackbone(tiny_t5(D), mmprompt.mini_tokenizer(), mmprompt.VisualEmbedding(5, D), pictures, max_answer=3)
 
@@ -714,7 +715,7 @@ def test_mmprompt_prompts_enter_where_the_call_path_says(monkeypatch):
     for block, real in zip(model.t5.encoder.block, forward):
         monkeypatch.setattr(block, "forward", lambda h, real=real, **more: (lengths.append(h.shape[1]), real(h, **more))[1])
     monkeypatch.setattr(mmprompt.VQABackbone, "inject", seen)
-    x = model.embed(asked())
+    x = model.embed(model.read(asked()))
     hidden, _, out = model.encode(*x, method)
     N = hidden.shape[1]
     assert lengths == [N, *[N + 8] * 5]                              # blocks 1-5, in and out again
@@ -762,11 +763,11 @@ def test_padding_and_batch_mates_change_nothing(name):
     method = made(arguments(name), 3).eval()
     method.begin_task(2)
     samples = asked()
-    together, mask, _ = model.encode(*model.embed(samples), method)
-    again, _, _ = model.encode(*model.embed(samples), method)
-    assert torch.equal(together[mask], again[mask])                  # evaluation is deterministic, memo or not
+    together, mask, _ = model.encode(*model.embed(model.read(samples)), method)
+    again, _, _ = model.encode(*model.embed(model.read(samples)), method)
+    assert torch.equal(together[mask], again[mask])                  # evaluation is deterministic
     for i, s in enumerate(samples):
-        alone, alone_mask, _ = model.encode(*model.embed([s]), method)
+        alone, alone_mask, _ = model.encode(*model.embed(model.read([s])), method)
         torch.testing.assert_close(together[i][mask[i]], alone[0][alone_mask[0]], atol=1e-5, rtol=1e-4)
         assert model.answer(alone, alone_mask) == model.answer(together, mask)[i:i + 1]
 
@@ -858,17 +859,19 @@ def test_l2p_joins_the_chosen_prompts_unmixed():
     assert out.prompts["G"].shape == (3, 2 * 2 * 2, 16) and method.keep and method.layers == {"G": (0,)}
 
 
-def test_a_picture_that_is_remembered_keeps_its_own_tokens_alone():
-    model = tiny_model()
-    model.see([0, 1, 2, 3, 4, 5])
-    for image, row in model.memo.items():
-        assert row.untyped_storage().nbytes() == row.nbytes == (2 + image % 3) * 16 * 4
+def test_a_text_is_split_into_tokens_once_and_padded_like_the_tokenizer(monkeypatch):
+    model, texts = tiny_model(), ["what color is the cat", "why", "what color is the cat"]
+    want = model.tokenizer(texts, padding=True, return_tensors="pt")
+    for _ in range(2):
+        ids, real = model.tokens(texts, 20)
+        assert torch.equal(ids, want["input_ids"]) and torch.equal(real, want["attention_mask"].bool())
+        monkeypatch.setattr(model, "tokenizer", Namespace(pad_token_id=model.tokenizer.pad_token_id))     # cannot be called
 
 
 def test_modality_hides_the_other_from_the_encoder():
     model = tiny_model()
     method = made(arguments("mmprompt"), 2).eval()
-    F_q, F_v, q_mask, v_mask = model.embed(asked())
+    F_q, F_v, q_mask, v_mask = model.embed(model.read(asked()))
     changed = F_q.clone()
     changed[:, 0] += 1
     fixed = lambda *_: out                                           # the queries saw both; hold the prompts fixed here
@@ -1411,11 +1414,44 @@ def test_any_t5_and_clip_by_path_on_real_pictures(tmp_path, monkeypatch):
                      train_vision=None)
     monkeypatch.setenv("MMPROMPTS_CACHE", str(tmp_path / "cache"))
     result = mmprompt.run(args, tmp_path / "run")
-    kept = list((tmp_path / "cache").glob("grid-6-*.npy"))
-    assert len(kept) == 60 and np.load(kept[0]).shape == (36, 16) and len(result["matrix"]) == 2
-    mmprompt.run(args, tmp_path / "run2")
+    kept, = (tmp_path / "cache").glob("pictures-*/*.f16")
+    assert kept.stat().st_size == 60 * 36 * 16 * 2 and len(result["matrix"]) == 2
+    monkeypatch.setattr(data, "open_picture", None)                  # nothing is looked at again
+    assert mmprompt.run(args, tmp_path / "run2")["matrix"] == result["matrix"]
     with pytest.raises(InputError, match="--vision .*nowhere"):
         mmprompt.run(Namespace(**{**vars(args), "vision": str(tmp_path / "nowhere")}), tmp_path / "run3")
+
+
+def test_features_are_computed_once_kept_through_a_kill_and_renewed_for_a_changed_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMPROMPTS_CACHE", str(tmp_path))
+    made = []
+
+    def compute(batch):
+        made.extend(batch)
+        if 66 in batch and len(made) == 70:
+            raise KeyboardInterrupt
+        return torch.tensor(batch, dtype=torch.float32)[:, None, None] * torch.ones(2, 3)
+    items = {f"key {i}": i for i in range(70)}
+    with pytest.raises(KeyboardInterrupt):
+        metrics.FeatureFile("x", "model").fill(items, int, compute, batch=8, quiet=True)
+    kept = metrics.FeatureFile("x", "model")
+    assert len(kept.rows) == 64                                      # whole batches before the kill
+    kept.fill({**items, "key 3, changed": 33}, int, compute, batch=8, quiet=True)
+    assert made.count(0) == made.count(63) == 1 and made.count(33) == 2
+    rows = kept.read(["key 69", "key 3, changed", "key 3", "key 69"])
+    assert rows.dtype == torch.float16 and torch.equal(rows[:, 1, 2], torch.tensor([69, 33, 3, 69]).half())
+    assert not metrics.FeatureFile("x", "another model").rows
+    index = next(tmp_path.glob("x-*/*.keys"))                        # a key without its row, and half a key, are none
+    index.write_text(index.read_text() + "no row\nhalf")
+    assert len(metrics.FeatureFile("x", "model").rows) == 71
+    with pytest.raises(InputError, match="picture 5"):               # from a worker too: one clear line
+        metrics.FeatureFile("y", 0).fill({str(i): i for i in range(501)}, _no_five, torch.tensor, quiet=True)
+
+
+def _no_five(i):
+    if i == 5:
+        raise InputError("picture 5 is missing")
+    return float(i)
 
 
 def test_grid_cells_are_means_of_patches_in_reading_order(tmp_path, monkeypatch):
@@ -1429,8 +1465,9 @@ def test_grid_cells_are_means_of_patches_in_reading_order(tmp_path, monkeypatch)
             return Namespace(last_hidden_state=torch.cat([torch.full((1, 1, 1), 1e6), index], 1))     # a class token first
     monkeypatch.setattr(metrics, "from_pretrained", lambda cls, *_, **__: Eyes() if "Model" in cls.__name__ else
                         (lambda images, return_tensors: {"pixel_values": torch.zeros(1, 3, 4, 4)}))
-    features, boxes = mmprompt.grid_features("eyes", tmp_path, "cpu")("images/0.png")
-    assert features[0].item() == np.mean([0, 1, 12, 13]) and features[7].item() == np.mean([26, 27, 38, 39])
+    load = mmprompt.grid_features("eyes", tmp_path, ["images/0.png"], "cpu")
+    (features,), (boxes,), count = load(["images/0.png"])
+    assert count.tolist() == [36] and features[0].item() == np.mean([0, 1, 12, 13]) and features[7].item() == np.mean([26, 27, 38, 39])
     assert boxes[7].tolist() == pytest.approx([1 / 6, 1 / 6, 2 / 6, 2 / 6])
 
 
