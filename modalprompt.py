@@ -70,9 +70,13 @@ class Guidance(nn.Module):
         same_width = clip.config.text_config.hidden_size == self.width
         self.text_feature = text_feature if same_width else "projected"
 
+    def pixels(self, image):
+        """What the picture tower is shown, (1,3,h,w), of a PIL picture or None."""
+        return None if image is None else self.processor(images=image, return_tensors="pt")["pixel_values"]
+
     @torch.no_grad()
     def forward(self, images, texts):
-        """images: list of B PIL pictures or None; texts: B instructions -> x_v (B,G), x_t (B,G), float32.
+        """images: list of B PIL pictures, their pixels() or None; texts: B instructions -> x_v (B,G), x_t (B,G), float32.
 
         A sample without a picture has a row of zeros in x_v, which every formula below reads as "no picture".
         """
@@ -80,8 +84,8 @@ class Guidance(nn.Module):
         x_v = torch.zeros(len(texts), self.width, device=device)         # (B,G)
         seen = [b for b, image in enumerate(images) if image is not None]
         if seen:
-            pictures = self.processor(images=[images[b] for b in seen], return_tensors="pt")
-            pixels = pictures["pixel_values"].to(device, self.clip.dtype)
+            pixels = [x if torch.is_tensor(x) else self.pixels(x) for x in (images[b] for b in seen)]
+            pixels = torch.cat(pixels).to(device, self.clip.dtype)       # (B,3,h,w)
             # What stands in the picture: the class token after the last norm, then CLIP's own projection.
             # x_v = Proj_v(E_I(X_v))                                                                     Eq. 1
             state = self.clip.vision_model(pixel_values=pixels).pooler_output
@@ -410,14 +414,14 @@ class VLM:
         """The answer's tokens and the end of sequence, a list of ids."""
         return self.tokenizer(sample["answer"], add_special_tokens=False)["input_ids"] + [self.eos]
 
-    def encode(self, samples, P, answers=False):
+    def encode(self, samples, P, items=None, answers=False):
         """samples -> (inputs, places (B,S) of the P placeholders, labels (B,A) or None).
 
         A row is   padding | BOS | P placeholders | picture and question | answer | padding   so that
         questions end in the same column, the answers fill the last A columns, so A + 1 columns need logits.
         labels: answer tokens and end of sequence, -100 elsewhere (never the prompts).
         """
-        items = [self._item(s) for s in samples]
+        items = items or self.read(samples)
         tails = [torch.tensor(self.answer_ids(s) if answers else [], dtype=torch.long) for s in samples]
         inputs = {}
         for name in {k for item in items for k in item}:
@@ -456,10 +460,14 @@ class VLM:
         return out.to(self.model.dtype) if out.is_floating_point() else out
 
     # ---- learning and answering
-    def loss(self, samples, prefix):
+    def read(self, samples):
+        """What the processor makes of B samples, on the CPU: their pictures and tokens, ahead of the step."""
+        return [self._item(s) for s in samples]
+
+    def loss(self, samples, prefix, items=None):
         """L_LMM of Eq. 5 as a sum over the batch's answer tokens, and the number of these tokens."""
         prefix = layered(prefix)
-        inputs, places, labels = self.encode(samples, prefix.soft.shape[1], answers=True)
+        inputs, places, labels = self.encode(samples, prefix.soft.shape[1], items, answers=True)
         A = labels.shape[1]
         out = self._call(self.model, prefix, places, **inputs, logits_to_keep=A + 1, use_cache=False)
         # The logits that foretell a token stand one place before it.
@@ -467,10 +475,10 @@ class VLM:
         return language_loss(logits, labels), (labels != -100).sum()
 
     @torch.no_grad()
-    def answer(self, samples, prefix, max_new_tokens=32, **generate):
-        """Eq. 9, greedy: list of B strings.  prefix (B,P,D), P may be 0."""
+    def answer(self, samples, prefix, max_new_tokens=32, items=None, **generate):
+        """Eq. 9, greedy: list of B strings.  prefix (B,P,D), P may be 0; items: of read(samples)."""
         prefix = layered(prefix)
-        inputs, places, _ = self.encode(samples, prefix.soft.shape[1])
+        inputs, places, _ = self.encode(samples, prefix.soft.shape[1], items)
         how = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": self.pad}
         how.update(generate)
         # No task number and no other weights: the frozen model f, and the chosen prompts in front.
@@ -782,19 +790,32 @@ def load_stream(args):
     return stream
 
 
-@torch.no_grad()
-def guide(backbone, method, samples, batch=64):
-    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples.  CLIP is frozen, so every sample is looked at once
-    and carries what was seen along.  Rows of width 0 for a method that needs no guidance."""
+def guidance_key(sample):
+    """Names what CLIP is shown of a sample: another picture, text or padding is another key."""
+    if "guidance" not in sample:
+        image = sample["image"]
+        file = isinstance(image, (str, Path))
+        seen = metrics.file_key(image) if file else image and metrics.content(image.tobytes())
+        sample["guidance"] = metrics.digest([seen, sample["text"], sample.get("pad")])
+    return sample["guidance"]
+
+
+@functools.lru_cache(maxsize=1)
+def guidance_file(guidance):
+    """Where the features of this CLIP are kept, 2G numbers a sample."""
+    return metrics.FeatureFile("guidance", [metrics.fingerprint(guidance), guidance.text_feature, inspect.getsource(Guidance)])
+
+
+def guide(backbone, method, samples, quiet=True):
+    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples, on the CPU.  CLIP is frozen, so every sample is looked
+    at once, in the first run that needs it.  Rows of width 0 for a method that needs no guidance."""
     if not method.needs_guidance:
         return torch.zeros(len(samples), 0), torch.zeros(len(samples), 0)
-    new = [s for s in samples if "guide" not in s]
-    for i in range(0, len(new), batch):
-        part = new[i:i + batch]
-        x_v, x_t = backbone.guidance([sample_picture(s) for s in part], [s["text"] for s in part])
-        for sample, *both in zip(part, x_v.cpu(), x_t.cpu()):
-            sample["guide"] = both
-    return tuple(torch.stack([s["guide"][i] for s in samples]) for i in (0, 1))
+    kept, guidance = guidance_file(backbone.guidance), backbone.guidance
+    keys = [guidance_key(s) for s in samples]
+    kept.fill(dict(zip(keys, samples)), lambda s: (guidance.pixels(sample_picture(s)), s["text"]),
+              lambda batch: torch.cat(guidance(*zip(*batch)), 1), quiet=quiet)                   # (B,2G)
+    return kept.read(keys).float().chunk(2, 1)
 
 
 def begin_task(args, backbone, method, t):
@@ -817,24 +838,26 @@ def learn_task(args, backbone, method, task, run):
         groups.append({"params": projector, "rate": rate})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     samples, vlm = task.train, backbone.vlm
-    x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
     lengths = [len(vlm.answer_ids(s)) for s in samples]                  # answer tokens: Eq. 5 is their mean
     steps = math.ceil(len(samples) / args.batch)
     warm = max(1, round(0.03 * args.epochs * steps))
     for epoch in run.epochs(args.epochs, learning, optimizer, task.name):
         dice = torch.Generator().manual_seed(args.seed * 1_000_003 + run.stage * 1009 + epoch)
         order, total = torch.randperm(len(samples), generator=dice), 0.0
-        for i in run.bar(range(steps)):
-            step = epoch * steps + i
+
+        def read(i):                                                # --accum parts a batch, the same gradient
+            rows = order[i * args.batch:(i + 1) * args.batch].tolist()
+            few = math.ceil(len(rows) / args.accum)
+            parts = [[samples[r] for r in rows[j:j + few]] for j in range(0, len(rows), few)]
+            return sum(lengths[r] for r in rows), [(part, vlm.read(part), *guide(backbone, method, part)) for part in parts]
+        for i, (n_tokens, parts) in enumerate(metrics.ahead(read, run.bar(range(steps)))):
+            step, n = epoch * steps + i, sum(len(part) for part, *_ in parts)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * min(1.0, (step + 1) / warm)
-            rows = order[i * args.batch:(i + 1) * args.batch].tolist()
-            n_tokens = sum(lengths[r] for r in rows)
-            few = math.ceil(len(rows) / args.accum)                 # --accum parts a batch, the same gradient
-            for part in (rows[j:j + few] for j in range(0, len(rows), few)):
-                prefix, losses = method(x_v[part].to(vlm.device), x_t[part].to(vlm.device))      # Eq. 2-4, 6
-                language, _ = vlm.loss([samples[r] for r in part], prefix)                       # Eq. 5
-                weight = args.own_weight * (len(part) / len(rows))
+            for part, items, x_v, x_t in parts:
+                prefix, losses = method(x_v.to(vlm.device), x_t.to(vlm.device))                  # Eq. 2-4, 6
+                language, _ = vlm.loss(part, prefix, items)                                      # Eq. 5
+                weight = args.own_weight * (len(part) / n)
                 loss = total_loss(language / n_tokens, losses, weight)                           # Eq. 7
                 value = loss.item()
                 run.check(value, step, optimizer)
@@ -851,11 +874,11 @@ def evaluate(args, backbone, method, samples):
     """Answers the samples of one task: {"score", "official"} in points, the latter by the official code's
     scoring; "chosen" (N,k') prompt sets or None; "answers", N strings."""
     vlm, answers, chosen = backbone.vlm, [], []
-    x_v, x_t = guide(backbone, method, samples)                          # (N,G) (N,G)
-    for i in range(0, len(samples), args.eval_batch):
-        part = slice(i, i + args.eval_batch)
-        prefix, sets = method.select(x_v[part].to(vlm.device), x_t[part].to(vlm.device))         # Eq. 8
-        answers += vlm.answer(samples[part], prefix, args.max_new_tokens)                        # Eq. 9
+    parts = [samples[i:i + args.eval_batch] for i in range(0, len(samples), args.eval_batch)]
+    read = lambda part: (part, vlm.read(part), *guide(backbone, method, part))
+    for part, items, x_v, x_t in metrics.ahead(read, parts):
+        prefix, sets = method.select(x_v.to(vlm.device), x_t.to(vlm.device))                     # Eq. 8
+        answers += vlm.answer(part, prefix, args.max_new_tokens, items)                          # Eq. 9
         if sets is not None:
             chosen.append(sets.cpu())
 
@@ -895,6 +918,8 @@ def run(args, folder):
         if t < run.stage:
             method.end_task()
     run.restore(method=method)                                           # and these are the prompts it had
+    everything = [s for task in stream.tasks for s in (*task.train, *getattr(task, args.split))]
+    guide(backbone, method, everything, args.quiet)                      # CLIP looks at all of it, once        Eq. 1
     for t, task in run.tasks(stream.mixed() if method.one_stage else stream.tasks):
         if run.fresh:                                                    # a killed run may have begun it
             begin_task(args, backbone, method, t)
@@ -1067,8 +1092,9 @@ def bench(args):
             method.begin_task(vlm.vocabulary, torch.Generator().manual_seed(t))
         return method.to(vlm.device)
 
-    def look(method, samples):                                 # copies: no sample may remember what CLIP saw
-        return [x.to(args.device) for x in guide(backbone, method, [{**s} for s in samples])]
+    def look(method, samples):                                       # every time anew: it is what is measured
+        pictures, texts = [sample_picture(s) for s in samples], [s["text"] for s in samples]
+        return backbone.guidance(pictures, texts) if method.needs_guidance else (torch.zeros(len(samples), 0),) * 2
 
     def answering(method):
         def job():
