@@ -14,6 +14,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -308,7 +309,10 @@ def paired(a, b):
 @contextlib.contextmanager
 def atomic(path, mode="w"):
     """Write to a neighbour of `path`, then rename: a kill at any moment leaves the old file or the new, never
-    half."""
+    half.  Of several processes the first writes."""
+    if RANK:
+        yield io.BytesIO() if "b" in mode else io.StringIO()
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -592,6 +596,77 @@ def peak_memory_mb():
         return float("nan")
 
 
+# ===================================================================================== more than one device
+# torchrun --nproc_per_node=N <script> ... starts N processes.  Each learns on its share of every batch; the
+# gradients are summed, so that all take the step that one process would take.  Each answers its share of the
+# test; process 0 writes.
+
+RANK, PROCESSES = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def join_processes(args):
+    """Meets the other processes of torchrun; on CUDA each takes a device of its own."""
+    import torch
+    args.quiet |= RANK > 0                                           # process 0 speaks
+    if PROCESSES == 1 or torch.distributed.is_initialized():
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes():
+    if PROCESSES > 1:
+        import torch
+        torch.distributed.destroy_process_group()
+
+
+def mine(batch):
+    """This process's share of a batch (a list or tensor), and its weight in the batch's mean.  A share is never empty:
+    a sample of weight 0 keeps all processes in step."""
+    own = batch[RANK::PROCESSES]
+    return (own, len(own) / len(batch)) if len(own) else (batch[:1], 0.0)
+
+
+def wait_for_all():
+    import torch
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+
+
+def summed(x):
+    """The sum of a tensor over the processes."""
+    import torch
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(x := x.clone())
+    return x
+
+
+def sum_gradients(parameters):
+    """Sums every gradient over the processes, in one message."""
+    import torch
+    if PROCESSES > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        whole = summed(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
+        for g, sum_of_all in zip(gradients, whole):
+            g.copy_(sum_of_all.view_as(g))
+
+
+def gathered(own, n):
+    """The n results of all processes in order, from those of each one's share, a list."""
+    import torch
+    if PROCESSES == 1:
+        return own
+    parts, out = [None] * PROCESSES, [None] * n
+    torch.distributed.all_gather_object(parts, own)
+    for rank, part in enumerate(parts):
+        out[rank::PROCESSES] = part[:len(range(rank, n, PROCESSES))]     # without what filled an empty share
+    return out
+
+
 # ================================================================================================ the data path
 # A GPU waits for nobody: what a frozen model makes of a picture is computed once for all runs, and the next
 # batch is made while this one learns.
@@ -643,14 +718,19 @@ class FeatureFile:
         items {key: item}; decode(item), in worker processes, -> anything; compute(list of B of these) -> a
         tensor (B,...).  Raises InputError where decode does, and for numbers that are not finite.
         """
+        new = [key for key in items if key not in self.rows]
+        wait_for_all()                                               # nobody writes before all have looked
+        if new:
+            self._pass(items, new[RANK::PROCESSES], decode, compute, batch, quiet)
+            wait_for_all()
+            self._list()
+
+    def _pass(self, items, todo, decode, compute, batch, quiet):
         import torch
         from tqdm import tqdm
-        todo = [key for key in items if key not in self.rows]
         workers = min(8, os.cpu_count() or 1) if len(todo) > 500 and hasattr(os, "fork") else 0
         loader = torch.utils.data.DataLoader(_Decoded([items[key] for key in todo], decode), batch, num_workers=workers,
                                              collate_fn=list, multiprocessing_context="fork" if workers else None)
-        if not todo:
-            return
         path = self.folder / f"{os.getpid()}-{time.time_ns()}.f16"
         with open(path, "wb") as rows, open(path.with_suffix(".keys"), "w") as index, \
                 tqdm(total=len(todo), unit="item", desc="features", leave=False, mininterval=1, disable=quiet) as bar:
@@ -667,7 +747,6 @@ class FeatureFile:
                 index.write("".join(f"{line}\n" for line in ([] if i else [" ".join(map(str, features.shape[1:]))]) + keys))
                 index.flush()
                 bar.update(len(keys))
-        self._list()
 
     def read(self, keys):
         """The rows of these keys: a tensor (B,...) in half precision.  Each file is mapped for this read alone."""
@@ -749,11 +828,13 @@ class Run:
         # the cursor: task, part of it (a subtask), epochs done, was the task begun, best epoch, optimiser
         self.stage, self.part, self.epoch, self.begun, self.best, self.optimizer = 0, 0, 0, False, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".*.part"):                     # half-written files of a killed run
+        for part in self.folder.glob(".*.part") if not RANK else ():         # half-written files of a killed run
             part.unlink()
         self.state = self._load() if resume else None
-        if self.state is None:
+        if self.state is None and not RANK:
             self._make_room()
+        wait_for_all()
+        if self.state is None:
             return
         for k in ("stage", "part", "epoch", "begun", "best", "kept", "before", "lines"):
             setattr(self, k, self.state[k])
@@ -887,13 +968,16 @@ class Run:
 
     def log(self, **row):
         """Append one line to log.jsonl."""
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(jsonable(row)) + "\n")
+        if not RANK:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(jsonable(row)) + "\n")
         self.lines += 1
 
     def checkpoint(self):
         """Write checkpoint.pt atomically: tensors, numbers, strings, lists, dicts (read with weights_only=True)."""
         import torch
+        if RANK:
+            return
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
         state = {k: getattr(self, k) for k in ("stage", "part", "epoch", "begun", "best", "kept", "lines", "args")}
         with atomic(self.folder / "checkpoint.pt", "wb") as f:
@@ -921,6 +1005,7 @@ class Run:
                             "peak_memory_mb": peak_memory_mb(), "args": self.args, **more, "environment": environment()})
         with atomic(self.folder / "results.json") as f:
             json.dump(results, f, indent=1)
+        wait_for_all()
         return results
 
 
@@ -1203,6 +1288,7 @@ def settle_shared(args):
         raise InputError(f"--device {args.device}: there is none on this machine; use --device cpu")
     if args.backbone_seed is None:
         args.backbone_seed = args.seed % SHIPPED
+    join_processes(args)
     return args
 
 
@@ -1244,6 +1330,7 @@ def run_cli(main):
     try:
         main()
         sys.stdout.flush()
+        leave_processes()
     except InputError as e:
         sys.exit(_say(f"error: {e}"))
     except KeyboardInterrupt:

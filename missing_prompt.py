@@ -908,6 +908,8 @@ METHODS = {"prompts": MissingModalityPrompts, "none": Frozen, "finetune": Finetu
 
 def build_method(args, backbone, stream):
     """The method that --method names.  Raises InputError where its arguments do not fit."""
+    if METHODS[args.method].buffered and metrics.PROCESSES > 1:
+        raise InputError(f"--method {args.method} fills one buffer, from one process: start it without torchrun")
     with metrics.one_clear_line():
         return METHODS[args.method](backbone, Store(stream, args.device), args, **args.options).to(args.device)
 
@@ -941,8 +943,8 @@ def predict(args, method, part):
     """Outputs (n,C) for the utterances of one split of one task."""
     method.eval()
     rows, t = torch.as_tensor(part.rows, device=args.device), PATTERNS.index(part.available)
-    outputs = [method(method.store.batch(some, t)) for some in rows.split(args.eval_batch)]
-    return rows, torch.cat(outputs).float()
+    outputs = [method(method.store.batch(some, t)).float().cpu() for some in metrics.mine(rows)[0].split(args.eval_batch)]
+    return rows, torch.stack(metrics.gathered([*torch.cat(outputs)], len(rows))).to(args.device)
 
 
 def learn_task(args, backbone, method, lesson, run):
@@ -962,19 +964,21 @@ def learn_task(args, backbone, method, lesson, run):
         shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + first * 1009 + epoch)
         total = 0.0
         order = torch.randperm(len(rows), generator=shuffle).to(device)
-        for step, part in enumerate(run.bar(order.split(args.batch))):
+        for step, whole in enumerate(run.bar(order.split(args.batch))):
+            part, weight = metrics.mine(whole)
             b = store.batch(rows[part], tasks[part] if len(lesson) > 1 else first)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-                loss = method.loss(b)
-            value = loss.item()
+                loss = method.loss(b) * weight
+            value = metrics.summed(loss.detach()).item()
             run.check(value, step, optimizer)
             optimizer.zero_grad()
             loss.backward()
+            metrics.sum_gradients(learning.values())
             method.edit_gradients()
             nn.utils.clip_grad_norm_(learning.values(), args.grad_clip)
             optimizer.step()
             method.observe(b, epoch)
-            total += value * len(part)
+            total += value * len(whole)
         losses = []
         for task in lesson:
             some, output = predict(args, method, task.val)

@@ -685,7 +685,8 @@ class DualPrompt(Method):
         for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
             keys = self.pools[M + "keys"]                                                        # (T,D)
             if self.training:
-                keys.data[t] = torch.where(keys[t].any(), keys[t], q.mean(0)).detach()
+                start = metrics.summed(q.detach().mean(0)) / metrics.PROCESSES
+                keys.data[t] = torch.where(keys[t].any(), keys[t], start)
             s = cosines(q, keys)                                                                 # (B,T)
             pull = pull + (1 - s[:, t]).mean()
             # training knows its task, test does not: there the nearest key of the tasks so far decides
@@ -820,7 +821,7 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     """One pass over the samples.  Their order, answers and masks depend on seed, task, subtask and epoch
     alone, so that a resumed run draws what the whole one would have drawn.  Returns the mean loss."""
     rng = random.Random(f"{args.seed} {run.stage} {run.part} {epoch}")
-    torch.manual_seed(rng.getrandbits(48))
+    torch.manual_seed(rng.getrandbits(48) + metrics.RANK)
     order = rng.sample(samples, len(samples))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group.setdefault("first_lr", group["lr"]) for group in optimizer.param_groups]
@@ -829,17 +830,21 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
 
     def read(i):
         batch = order[i:i + args.batch] + rng.sample(memory, min(args.batch, len(memory)))
-        return backbone.read(batch, [draw_answer(rng, s.answers) for s in batch])
+        answers = [draw_answer(rng, s.answers) for s in batch]
+        (rows, weight), words = metrics.mine([*range(len(batch))]), backbone.tokens(answers, backbone.max_answer)[1].sum(1)
+        parts = weight and float(words[rows].sum() / words.sum()), weight    # of all answer tokens, of all samples
+        return backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
-    for step, batch in enumerate(metrics.ahead(read, bar)):
-        loss = batch_loss(args, backbone, method, batch)
-        value = loss.item()
+    for step, (batch, parts) in enumerate(metrics.ahead(read, bar)):
+        loss = batch_loss(args, backbone, method, batch, parts)
+        value = metrics.summed(loss.detach()).item()
         run.check(value, step, optimizer)
         if falling:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
         (loss / args.accum).backward()
         if (step + 1) % args.accum == 0 or step + 1 == len(bar):
+            metrics.sum_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -848,12 +853,13 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     return total / max(len(bar), 1)
 
 
-def batch_loss(args, backbone, method, batch):
-    """Eq. 11 on a batch of backbone.read(): prompts in, answer out."""
+def batch_loss(args, backbone, method, batch, parts=(1.0, 1.0)):
+    """Eq. 11 on a batch of backbone.read(): prompts in, answer out.  parts: this process's share of the answer tokens
+    and of the samples, which cross-entropy and the other losses are means of."""
     with precision(args):
         hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
         ce = backbone.loss(hidden, mask, batch)
-    return total_loss(ce, out.losses, method.weights)
+    return total_loss(parts[0] * ce, {k: parts[1] * loss for k, loss in out.losses.items()}, method.weights)
 
 
 def precision(args):
@@ -885,19 +891,20 @@ def evaluate(args, backbone, method, samples, modality=None):
     """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction
     depends on its own sample alone.  modality: what the encoder sees, default --modality."""
     method.eval()
-    score, f1, chosen = 0.0, 0.0, {}
-    parts = [samples[i:i + args.eval_batch] for i in range(0, len(samples), args.eval_batch)]
+    own, told = metrics.mine(samples)[0], []                         # of each sample: score, F1, chosen prompts
+    parts = [own[i:i + args.eval_batch] for i in range(0, len(own), args.eval_batch)]
     for part, batch in zip(parts, metrics.ahead(backbone.read, parts)):
         with precision(args):
             hidden, mask, out = backbone.encode(*backbone.embed(batch), method, modality or args.modality)
             answers = backbone.answer(hidden, mask)
-        for s, answer in zip(part, answers):
-            score += metrics.vqa_accuracy(answer, s.answers)
-            f1 += max(metrics.token_f1(answer, truth) for truth in set(s.answers))
-        for pool, numbers in out.chosen.items():
-            chosen.setdefault(pool, Counter()).update(numbers.flatten().tolist())
-    return {"score": 100 * score / len(samples), "f1": 100 * f1 / len(samples),
-            "chosen": {pool: dict(sorted(count.items())) for pool, count in chosen.items()}}
+        picks = {pool: numbers.tolist() for pool, numbers in out.chosen.items()}
+        for b, (s, answer) in enumerate(zip(part, answers)):
+            f1 = max(metrics.token_f1(answer, truth) for truth in set(s.answers))
+            told.append((metrics.vqa_accuracy(answer, s.answers), f1, {pool: rows[b] for pool, rows in picks.items()}))
+    scores, f1s, chosen = zip(*metrics.gathered(told, len(samples)))
+    count = {pool: Counter(n for one in chosen for n in one[pool]) for pool in chosen[0]}
+    return {"score": 100 * sum(scores) / len(samples), "f1": 100 * sum(f1s) / len(samples),
+            "chosen": {pool: dict(sorted(numbers.items())) for pool, numbers in count.items()}}
 
 
 def run(args, folder):

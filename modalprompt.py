@@ -697,7 +697,7 @@ class DualPrompt(Method):
         now = torch.full((len(x_v),), len(self.experts) - 1, device=x_v.device)
         q = query(x_v, x_t)                                              # (B,G)
         if not self.keys[-1].any():                                      # it starts at the first questions
-            self.keys[-1].data.copy_(q.mean(0))
+            self.keys[-1].data.copy_(metrics.summed(q.mean(0)) / metrics.PROCESSES)
         near = (q @ F.normalize(self.keys[-1], dim=-1)).mean()
         return self.prefix(now), {"pull": 1 - near}
 
@@ -806,16 +806,21 @@ def guidance_file(guidance):
     return metrics.FeatureFile("guidance", [metrics.fingerprint(guidance), guidance.text_feature, inspect.getsource(Guidance)])
 
 
-def guide(backbone, method, samples, quiet=True):
-    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples, on the CPU.  CLIP is frozen, so every sample is looked
-    at once, in the first run that needs it.  Rows of width 0 for a method that needs no guidance."""
+def look(backbone, method, samples, quiet=False):
+    """CLIP is frozen, so it looks at every sample once, in the first run that needs it."""
+    guidance = backbone.guidance
+    if method.needs_guidance:
+        guidance_file(guidance).fill({guidance_key(s): s for s in samples},
+                                     lambda s: (guidance.pixels(sample_picture(s)), s["text"]),
+                                     lambda batch: torch.cat(guidance(*zip(*batch)), 1), quiet=quiet)    # (B,2G)
+
+
+def guide(backbone, method, samples):
+    """x_v (N,G), x_t (N,G) of Eq. 1 for a list of samples that CLIP has looked at, on the CPU.  Rows of width 0 for a
+    method that needs no guidance."""
     if not method.needs_guidance:
         return torch.zeros(len(samples), 0), torch.zeros(len(samples), 0)
-    kept, guidance = guidance_file(backbone.guidance), backbone.guidance
-    keys = [guidance_key(s) for s in samples]
-    kept.fill(dict(zip(keys, samples)), lambda s: (guidance.pixels(sample_picture(s)), s["text"]),
-              lambda batch: torch.cat(guidance(*zip(*batch)), 1), quiet=quiet)                   # (B,2G)
-    return kept.read(keys).float().chunk(2, 1)
+    return guidance_file(backbone.guidance).read([guidance_key(s) for s in samples]).float().chunk(2, 1)
 
 
 def begin_task(args, backbone, method, t):
@@ -847,22 +852,26 @@ def learn_task(args, backbone, method, task, run):
 
         def read(i):                                                # --accum parts a batch, the same gradient
             rows = order[i * args.batch:(i + 1) * args.batch].tolist()
-            few = math.ceil(len(rows) / args.accum)
-            parts = [[samples[r] for r in rows[j:j + few]] for j in range(0, len(rows), few)]
-            return sum(lengths[r] for r in rows), [(part, vlm.read(part), *guide(backbone, method, part)) for part in parts]
+            few, parts = math.ceil(len(rows) / args.accum), []
+            for chunk in (rows[j:j + few] for j in range(0, len(rows), few)):
+                own, weight = metrics.mine(chunk)
+                part = [samples[r] for r in own]
+                parts.append((part, weight * (len(chunk) / len(rows)), vlm.read(part), *guide(backbone, method, part)))
+            return sum(lengths[r] for r in rows), parts
         for i, (n_tokens, parts) in enumerate(metrics.ahead(read, run.bar(range(steps)))):
-            step, n = epoch * steps + i, sum(len(part) for part, *_ in parts)
+            step = epoch * steps + i
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * min(1.0, (step + 1) / warm)
-            for part, items, x_v, x_t in parts:
+            for part, weight, items, x_v, x_t in parts:
                 prefix, losses = method(x_v.to(vlm.device), x_t.to(vlm.device))                  # Eq. 2-4, 6
                 language, _ = vlm.loss(part, prefix, items)                                      # Eq. 5
-                weight = args.own_weight * (len(part) / n)
-                loss = total_loss(language / n_tokens, losses, weight)                           # Eq. 7
-                value = loss.item()
+                language = language / n_tokens if weight else 0.0 * language
+                loss = total_loss(language, losses, args.own_weight * weight)                    # Eq. 7
+                value = metrics.summed(loss.detach()).item()
                 run.check(value, step, optimizer)
                 loss.backward()
                 total += value
+            metrics.sum_gradients(learning.values())
             nn.utils.clip_grad_norm_([*learning.values()], args.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -873,20 +882,20 @@ def learn_task(args, backbone, method, task, run):
 def evaluate(args, backbone, method, samples):
     """Answers the samples of one task: {"score", "official"} in points, the latter by the official code's
     scoring; "chosen" (N,k') prompt sets or None; "answers", N strings."""
-    vlm, answers, chosen = backbone.vlm, [], []
-    parts = [samples[i:i + args.eval_batch] for i in range(0, len(samples), args.eval_batch)]
+    vlm, own, told = backbone.vlm, metrics.mine(samples)[0], []
+    parts = [own[i:i + args.eval_batch] for i in range(0, len(own), args.eval_batch)]
     read = lambda part: (part, vlm.read(part), *guide(backbone, method, part))
     for part, items, x_v, x_t in metrics.ahead(read, parts):
         prefix, sets = method.select(x_v.to(vlm.device), x_t.to(vlm.device))                     # Eq. 8
-        answers += vlm.answer(part, prefix, args.max_new_tokens, items)                          # Eq. 9
-        if sets is not None:
-            chosen.append(sets.cpu())
+        answers = vlm.answer(part, prefix, args.max_new_tokens, items)                           # Eq. 9
+        told += zip(answers, [None] * len(part) if sets is None else sets.cpu())
+    answers, chosen = zip(*metrics.gathered(told, len(samples)))
 
     def points(official):
         score = metrics.score_instruction
         return 100 * float(np.mean([score(s["kind"], y, s, official=official) for s, y in zip(samples, answers)]))
-    return {"score": points(False), "official": points(True), "chosen": torch.cat(chosen) if chosen else None,
-            "answers": answers}
+    return {"score": points(False), "official": points(True), "chosen": None if chosen[0] is None else torch.stack(chosen),
+            "answers": [*answers]}
 
 
 def summary(A):
@@ -919,7 +928,7 @@ def run(args, folder):
             method.end_task()
     run.restore(method=method)                                           # and these are the prompts it had
     everything = [s for task in stream.tasks for s in (*task.train, *getattr(task, args.split))]
-    guide(backbone, method, everything, args.quiet)                      # CLIP looks at all of it, once        Eq. 1
+    look(backbone, method, everything, args.quiet)
     for t, task in run.tasks(stream.mixed() if method.one_stage else stream.tasks):
         if run.fresh:                                                    # a killed run may have begun it
             begin_task(args, backbone, method, t)
@@ -1092,30 +1101,33 @@ def bench(args):
             method.begin_task(vlm.vocabulary, torch.Generator().manual_seed(t))
         return method.to(vlm.device)
 
-    def look(method, samples):                                       # every time anew: it is what is measured
+    def seen(method, samples):                                       # every time anew: it is what is measured
         pictures, texts = [sample_picture(s) for s in samples], [s["text"] for s in samples]
         return backbone.guidance(pictures, texts) if method.needs_guidance else (torch.zeros(len(samples), 0),) * 2
 
-    def answering(method):
-        def job():
-            vlm.answer(test, method.select(*look(method, test))[0], max_new_tokens=8, min_new_tokens=8)
-        return job
+    def answering(method):                                           # CLIP's guidance is counted apart
+        x = seen(method, test)
+        return lambda: vlm.answer(test, method.select(*x)[0], max_new_tokens=8, min_new_tokens=8)
     if not meta:                                                       # before LoRA hooks into the model
         row["frozen s/answer"] = metrics.seconds(args.device, answering(Frozen(vlm.width)))[0] / len(test)
     method = begun(8)
     trained, frozen = (sum(p.numel() for p in ps if p.requires_grad == learns) for ps, learns in
                        ((method.parameters(), True), (vlm.model.parameters(), False)))
 
+    shown = seen(method, train)
+
     def step():
-        prefix, losses = method(*look(method, train))
+        prefix, losses = method(*shown)
         language, n = vlm.loss(train, prefix)
         total_loss(language / n, losses).backward()
     if not meta:
         if trained:
             row["s/step"] = metrics.seconds(args.device, step)[0]
         method.end_task()
+        row["guidance s/sample"] = metrics.seconds(args.device, lambda: seen(method, test))[0] / len(test)
         row["s/answer"] = metrics.seconds(args.device, answering(method))[0] / len(test)
-        row |= {"tokens/s": 8 / row["s/answer"], "peak MiB": metrics.peak_memory_mb()}
+        row |= {"tokens/s": 8 / row["s/answer"], "of frozen tokens/s": row["frozen s/answer"] / row["s/answer"],
+                "peak MiB": metrics.peak_memory_mb()}
         if args.method in ("modalprompt", "progressive"):
             few, many = metrics.seconds(args.device, answering(method), answering(begun(64)), repeats=21)
             row["time at 64 tasks / at 8"] = many / few
