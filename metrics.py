@@ -793,6 +793,14 @@ def pinned(tensors, device):
     return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
 
 
+def resident_mb():
+    """Memory of this process now, in MiB; nan where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+    except OSError:
+        return float("nan")
+
+
 # =========================================================================== a run, and what it leaves behind
 
 
