@@ -790,7 +790,7 @@ def ahead(make, items, depth=2):
 
 def pinned(tensors, device):
     """The tensors, in memory that a CUDA device reads without waiting."""
-    return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
+    return [x.contiguous().pin_memory() for x in tensors] if device.type == "cuda" else tensors
 
 
 def resident_mb():

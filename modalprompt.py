@@ -1217,8 +1217,9 @@ def main(argv=None):
 # How backbones/mini-coin-<seed>.safetensors was made; nobody needs this to read the method.  A LLaVA and a
 # CLIP of transformers, small, learn an upstream mixture (data.mini_coin_upstream) in which none of the
 # stream's sentences, instructions or pictures occur.
-MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 2500,
-        "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.1}       # short: share of one-word answers
+MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 4000,
+        "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.1, "plain": 0.15}
+# short: the share of one-word answers; plain: of questions without a skill word, answered by the caption
 FILLERS = ("well", "so", "just", "kindly", "ok")
 SEVEN_B = {"width": 4096, "layers": 32, "clip_width": 768, "side": 336, "patch": 14, "heads": 32, "inner": 11008,
            "tower": (1024, 24, 16, 4096), "vocabulary": 32064}   # for --bench: LLaVA-1.5-7B and CLIP-L/14-336
@@ -1357,7 +1358,10 @@ def pretrained(config, quiet=False):
         picture, questions = pool[row][:2]
         for i, (skill, text, answer, sentence) in enumerate(rng.sample(questions, min(4, len(questions)))):
             image = "<image>" * model.config.image_seq_length if i == 0 and picture is not None else ""
-            if rng.random() < config["short"]:
+            kind = rng.random()
+            if kind < config["plain"]:
+                skill, answer = "", pool[row][2]
+            elif kind < config["plain"] + config["short"]:
                 skill = f"{skill} short"
             else:
                 answer = sentence
