@@ -607,8 +607,10 @@ RANK, PROCESSES = (int(os.environ.get(name, usual)) for name, usual in (("RANK",
 def join_processes(args):
     """Meets the other processes of torchrun; on CUDA each takes a device of its own."""
     import torch
+    if PROCESSES == 1:
+        return
     args.quiet |= RANK > 0                                           # process 0 speaks
-    if PROCESSES == 1 or torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         return
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1224,10 +1226,10 @@ def _number(kind, good, what):
     return read
 
 
-positive = _number(int, lambda x: 0 < x < 2 ** 31, "a whole number from 1 on")
+positive = _number(int, lambda x: 0 < x <= 10 ** 7, "a whole number from 1 to ten million")
 natural = _number(int, lambda x: 0 <= x < 2 ** 31, "a whole number from 0 on")
-above_zero = _number(float, lambda x: x > 0, "a number above 0")
-finite = _number(float, lambda x: True, "a finite number")
+above_zero = _number(float, lambda x: 0 < x <= 1e6, "a number above 0, at most a million")
+weight = _number(float, lambda x: 0 <= x <= 1e6, "a number from 0 to a million")
 share = _number(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
 YES_NO = argparse.BooleanOptionalAction
 # What does not decide a run's outcome: where it is written, where it is computed, what else is run.
@@ -1300,8 +1302,11 @@ def settle_shared(args):
     return args
 
 
-def check_shared(args):
-    """What can be said before anything is run.  Raises InputError."""
+def check_shared(args, parser=None, smoke=()):
+    """What can be said before anything is run.  smoke: the flags that --smoke sets itself.  Raises InputError."""
+    for name in smoke if args.smoke else ():
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--smoke sets --{name.replace('_', '-')} itself: leave one of them out")
     for name in ("seeds", "folds"):
         numbers = getattr(args, name, [])
         if len({*numbers}) < len(numbers):
@@ -1352,8 +1357,8 @@ def run_cli(main):
             sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another "
                           "--out; --resume goes on from the last finished epoch"))
         raise
-    except RuntimeError as e:
-        if "out of memory" in str(e).lower():
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory|storage size|overflow", str(e)):
             sys.exit(_say("error: not enough memory on the device; use a smaller --batch, --dtype bf16, or --device "
                           "cpu; --resume goes on from the last finished epoch"))
         raise

@@ -1194,10 +1194,10 @@ def parse_args(argv=None):
     add("--start", type=metrics.natural, default=0, help="first layer with a prompt, from 0 (Table 6)")
     add("--keys", default="shared", choices=("shared", "modality"), help="missing keys: one pair, or three (open)")
     add("--pairs", default="both", choices=("both", "first", "second", "none"), help="those in Eq. 7 (Table 4)")
-    add("--trade-off", type=metrics.finite, default=1.0, help="lambda of Eq. 7 (open)")
+    add("--trade-off", type=metrics.weight, default=1.0, help="lambda of Eq. 7 (open)")
     add("--tau", type=metrics.above_zero, default=0.5, help="temperature of Eq. 6 (open)")
-    add("--gamma", type=metrics.finite, default=0.1, help="gamma of Eq. 8 (open)")
-    add("--weight", type=metrics.finite, help="of a compared method's own loss term; default: the method's own")
+    add("--gamma", type=metrics.weight, default=0.1, help="gamma of Eq. 8 (open)")
+    add("--weight", type=metrics.weight, help="of a compared method's own loss term; default: the method's own")
     add("--buffer", type=number, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250, 500")
     args = metrics.check_shared(p.parse_args(argv))
     args.options = {}                                      # arguments of the class without a flag, for tables

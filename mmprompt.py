@@ -43,7 +43,7 @@ from tqdm import tqdm
 import data
 import metrics
 from data import InputError
-from metrics import YES_NO, above_zero, check_shared, finite, natural, positive, share, shared_flags
+from metrics import YES_NO, above_zero, check_shared, natural, positive, share, shared_flags, weight
 
 # ================================================================================================== the paper
 # The method in the order of its equations, and nothing else: with `import dataclasses, torch` and torch's
@@ -1165,9 +1165,9 @@ def parse_args(argv=None):
     g.add_argument("--top-k", type=positive, default=5, help="k of Eq. 2")
     g.add_argument("--pool-sizes", type=positive, nargs=4, default=[40, 60, 80, 120], help="N of QG QE VG VE")
     g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
-    g.add_argument("--alpha", type=finite, default=1.0, help="alpha of Eq. 11, weight of L_inter")
-    g.add_argument("--beta", type=finite, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=finite, default=1.0, help="weight of L_qk (official: 0.05)")
+    g.add_argument("--alpha", type=weight, default=1.0, help="alpha of Eq. 11, weight of L_inter")
+    g.add_argument("--beta", type=weight, default=0.3, help="beta of Eq. 11, weight of L_intra")
+    g.add_argument("--qk-weight", type=weight, default=1.0, help="weight of L_qk (official: 0.05)")
     g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
     g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
     g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")
@@ -1181,8 +1181,8 @@ def parse_args(argv=None):
     g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
     g.add_argument("--lr-attention", type=above_zero, help="of attention modules")
     g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
-    g.add_argument("--weight-decay", type=finite, default=0.01, help="not of prompts")
-    args = check_shared(p.parse_args(argv))
+    g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
+    args = check_shared(p.parse_args(argv), p, ["sizes"])
     args.options = {}                                         # arguments of the method's class without a flag
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1

@@ -1164,7 +1164,7 @@ def parse_args(argv=None):
     g.add_argument("--lam", type=metrics.share, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text")
     g.add_argument("--fusion", default=True, action=YES_NO, help="Eq. 4: earlier sets in front while training")
     g.add_argument("--selection", default=True, action=YES_NO, help="Eq. 8: top-k at test; without it all sets")
-    g.add_argument("--own-weight", type=metrics.finite, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' "
+    g.add_argument("--own-weight", type=metrics.weight, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' "
                    "own losses (pull of the keys, orthogonality), as a multiple of their default")
     g.add_argument("--rank", type=positive, default=16, help="rank of LoRA, and of each expert of MoELoRA")
     g.add_argument("--experts", type=positive, default=8, help="experts of MoELoRA")
@@ -1186,7 +1186,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.options = {}                                                 # arguments of a class that have no flag
     args.out = args.out or f"runs/modalprompt-{'tables' if args.table else args.method}"
-    return metrics.check_shared(args)
+    return metrics.check_shared(args, p, ["sizes", "epochs", "batch", "eval_batch"])
 
 
 def main(argv=None):

@@ -254,11 +254,16 @@ def test_shared_flags_refuse_what_is_no_number():
     args = parser.parse_args(["--seeds", "0", "1", "--no-smoke"])
     assert (args.method, args.epochs, args.seeds, args.smoke) == ("ours", 3, [0, 1], False)
     for bad in (["--epochs", "0"], ["--epochs", "2.5"], ["--lr", "nan"], ["--lr", "-1"], ["--lr", "inf"], ["--seeds", "-1"],
-                ["--batch", "99999999999999999999"], ["--grad-clip", "0"], ["--method", "x"]):
+                ["--batch", "99999999999999999999"], ["--grad-clip", "0"], ["--method", "x"], ["--lr", "1e9"], ["--epochs", "20000000"]):
         with pytest.raises(InputError, match=bad[0]):
             parser.parse_args(bad)
     with pytest.raises(InputError, match="must not repeat"):
         metrics.check_shared(parser.parse_args(["--seeds", "1", "1"]))
+    with pytest.raises(InputError, match="--smoke sets --epochs itself"):
+        metrics.check_shared(parser.parse_args(["--smoke", "--epochs", "7"]), parser, ["epochs"])
+    for script_parser, flag in ((mmprompt.parse_args, "--alpha"), (modal.parse_args, "--own-weight"), (mp.parse_args, "--gamma")):
+        with pytest.raises(InputError, match=f"{flag}.* a number from 0"):
+            script_parser([flag, "-1"])
     with pytest.raises(InputError, match="--rows needs --table"):
         metrics.check_shared(parser.parse_args(["--rows", "a"]))
     for device, words in (("nonsense", "--device is cuda"), ("cuda", "there is none on this machine")):
