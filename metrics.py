@@ -824,6 +824,7 @@ class Run:
     args     a flat dict that decides the outcome
     names    of the T tasks                    A   (T,T), nan where not known
     kept     a dict for whatever else must survive a kill: numbers, strings, lists, dicts
+    minutes  between two checkpoints inside a task; there is one at the end of each task in any case
     resume=True needs the same args and goes on; resume=False starts anew and moves another run's files to
     <folder>/before.<n>; only a finished run of the same args is replaced.
     Raises InputError for a checkpoint of other arguments.
@@ -831,7 +832,8 @@ class Run:
 
     FILES = ("checkpoint.pt", "log.jsonl", "results.json", "matrix.csv", "matrix.png", "prompts.safetensors")
 
-    def __init__(self, folder, args, names=(), resume=False, quiet=False):
+    def __init__(self, folder, args, names=(), resume=False, quiet=False, minutes=0.0):
+        self.between, self.written = 60 * minutes, time.time()
         self.folder, self.args, self.names, self.quiet = Path(folder), dict(args), list(names), quiet
         self.start, self.before, self.lines, self.modules = time.time(), 0.0, 0, {}
         self.A, self.kept = np.full((len(self.names),) * 2, np.nan), {}
@@ -959,7 +961,8 @@ class Run:
         self.log(task=self.stage, subtask=self.part, epoch=self.epoch, loss=loss, score=score,
                  minutes=self.minutes)
         self.epoch += 1
-        self.checkpoint()
+        if time.time() - self.written >= self.between:
+            self.checkpoint()
 
     def row(self, scores):
         """Scores on the first n tasks are row n of the accuracy matrix."""
@@ -994,6 +997,7 @@ class Run:
             torch.save({**state, "A": self.A.tolist(), "before": self.minutes, "rng": rng,
                         "optimizer": self.optimizer.state_dict() if self.optimizer else None,
                         "modules": {k: m.state_dict() for k, m in self.modules.items()}}, f)
+        self.written = time.time()
 
     def finish(self, values, prompts=None, title="", **more):
         """Write results.json, matrix.csv, matrix.png, and prompts.safetensors if given.  Returns
@@ -1233,7 +1237,7 @@ weight = _number(float, lambda x: 0 <= x <= 1e6, "a number from 0 to a million")
 share = _number(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
 YES_NO = argparse.BooleanOptionalAction
 # What does not decide a run's outcome: where it is written, where it is computed, what else is run.
-FREE = {"out", "resume", "quiet", "seeds", "folds", "device", "table", "rows", "bench", "pretrain"}
+FREE = {"out", "resume", "checkpoint_minutes", "quiet", "seeds", "folds", "device", "table", "rows", "bench", "pretrain"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1263,7 +1267,8 @@ def shared_flags(description, methods, tables, data_help, backbone_help, **defau
     g.add_argument("--bench", default=False, action=YES_NO, help="parameters, memory and time against the frozen backbone")
     g.add_argument("--pretrain", default=False, action=YES_NO, help="make the small backbone of --backbone-seed anew")
     g.add_argument("--smoke", default=False, action=YES_NO, help="everything once and tiny: does it run?")
-    g.add_argument("--resume", default=False, action=YES_NO, help="go on from the last finished epoch")
+    g.add_argument("--resume", default=False, action=YES_NO, help="go on from the last checkpoint")
+    g.add_argument("--checkpoint-minutes", type=weight, default=3, help="between checkpoints inside a task; 0: every epoch")
     g.add_argument("--quiet", default=False, action=YES_NO, help="print the last lines only")
     g.add_argument("--out", help="run folder; default runs/<script>...")
     g = p.add_argument_group("data and backbone")
@@ -1347,7 +1352,7 @@ def run_cli(main):
     except InputError as e:
         sys.exit(_say(f"error: {e}"))
     except KeyboardInterrupt:
-        _say("stopped; --resume goes on from the last finished epoch")
+        _say("stopped; --resume goes on from the last checkpoint")
         sys.exit(130)
     except BrokenPipeError:                                      # the pipe's reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1355,12 +1360,12 @@ def run_cli(main):
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another "
-                          "--out; --resume goes on from the last finished epoch"))
+                          "--out; --resume goes on from the last checkpoint"))
         raise
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory|storage size|overflow", str(e)):
             sys.exit(_say("error: not enough memory on the device; use a smaller --batch, --dtype bf16, or --device "
-                          "cpu; --resume goes on from the last finished epoch"))
+                          "cpu; --resume goes on from the last checkpoint"))
         raise
 
 

@@ -1005,7 +1005,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)                  # what a method draws at its start depends on the seed alone
     method = build_method(args, backbone, stream)
-    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet)
+    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes)
     describe(args, stream, method, run)
 
     run.restore(method=method)                                       # of a run that was killed

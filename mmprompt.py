@@ -917,7 +917,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream).to(args.device)
-    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet)
+    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes)
     count = announce(args, stream, backbone, method, run)
 
     run.restore(**may_change(args, backbone, method))                # what a killed run had learned

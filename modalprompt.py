@@ -12,7 +12,7 @@ Shapes    B batch, T tasks, t current task, L prompt length (M in the paper), k 
           V words, A answer tokens.   (B,G) is a shape.
 Call path main -> run                   the continual protocol: eight tasks, one after the other
             -> learn_task               the steps on one task
-              -> guide -> Guidance      what CLIP sees and reads: x_v, x_t                          Eq. 1
+              -> look -> Guidance       what CLIP sees and reads: x_v, x_t                          Eq. 1
               -> ModalPrompt.forward    the prompt sets nearest to both: X~_p, and L_Proto          Eq. 2-4, 6
               -> VLM.loss               makes places before the question, runs the frozen model
                 -> VLM._call            arms the hook on the embedding layer
@@ -843,6 +843,7 @@ def learn_task(args, backbone, method, task, run):
         groups.append({"params": projector, "rate": rate})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     samples, vlm = task.train, backbone.vlm
+    look(backbone, method, samples, args.quiet)
     lengths = [len(vlm.answer_ids(s)) for s in samples]                  # answer tokens: Eq. 5 is their mean
     steps = math.ceil(len(samples) / args.batch)
     warm = max(1, round(0.03 * args.epochs * steps))
@@ -882,6 +883,7 @@ def learn_task(args, backbone, method, task, run):
 def evaluate(args, backbone, method, samples):
     """Answers the samples of one task: {"score", "official"} in points, the latter by the official code's
     scoring; "chosen" (N,k') prompt sets or None; "answers", N strings."""
+    look(backbone, method, samples, args.quiet)
     vlm, own, told = backbone.vlm, metrics.mine(samples)[0], []
     parts = [own[i:i + args.eval_batch] for i in range(0, len(own), args.eval_batch)]
     read = lambda part: (part, vlm.read(part), *guide(backbone, method, part))
@@ -913,7 +915,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream)
-    run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet), len(stream)
+    run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes), len(stream)
     run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, "
             f"seed {args.seed}, no task id at test")
     run.say(f"setup     {args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, "
@@ -927,8 +929,6 @@ def run(args, folder):
         if t < run.stage:
             method.end_task()
     run.restore(method=method)                                           # and these are the prompts it had
-    everything = [s for task in stream.tasks for s in (*task.train, *getattr(task, args.split))]
-    look(backbone, method, everything, args.quiet)
     for t, task in run.tasks(stream.mixed() if method.one_stage else stream.tasks):
         if run.fresh:                                                    # a killed run may have begun it
             begin_task(args, backbone, method, t)
@@ -1302,7 +1302,7 @@ def pretrained(config, quiet=False):
     The vision tower alone names what stands where in a picture, and is frozen; the projector learns to send a
     patch near the words for what it shows, and the language model to answer, LLaVA's two stages; then CLIP.
     Upstream: a terse skill word, before the picture or in the user's turn among filler words; sentences for
-    answers unless it says "short".
+    answers unless it says "short"; the caption where there is no skill word.
     """
     torch.manual_seed(config["seed"])
     rng = random.Random(f"upstream {config['seed']}")
