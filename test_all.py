@@ -3133,7 +3133,7 @@ def modal_run(folder, *flags, code=0):
 def test_modal_resume_equals_uninterrupted_and_coin_runs_by_path(tmp_path, modal_tiny, monkeypatch, capsys):
     root = modal_write_coin(tmp_path / "coin", tasks=("ScienceQA", "REC", "VQAv2"), n=12)
     common = ["--data", "coin", "--root", str(root), "--backbone", str(modal_tiny / "llava"), "--clip", str(modal_tiny / "clip"),
-              "--epochs", "2", "--batch", "4", "--max-new-tokens", "4", "--quiet", "--lr", "0.05", "--checkpoint-minutes", "0"]
+              "--epochs", "2", "--batch", "4", "--max-new-tokens", "4", "--quiet", "--checkpoint-minutes", "0", "--lr", "0.05"]
     modal.main([*common, "--out", str(tmp_path / "whole")])
     real, calls = metrics.Run.checkpoint, []
 
