@@ -26,6 +26,9 @@ class InputError(ValueError):
     """Something the user gave is wrong.  The text is one line: what is wrong, where (file, line, key), and
     the mend."""
 
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
+
 
 @dataclass
 class Task:
@@ -214,13 +217,13 @@ def describe(stream):
     return "\n".join(lines + [f"{'all':<34}{total[0]:>9}{total[1]:>8}{total[2]:>8}"] + stream.notes)
 
 
-def inside(root, path):
+def inside(root, path, where="the data"):
     """root/path, refusing a path in the data that leaves the root, by .. or by a link.  Raises InputError."""
-    if not isinstance(path, str) or "\0" in path:
-        raise InputError(f"the data names {path!r} as a picture; a path below --root is needed")
+    if not isinstance(path, str) or "\0" in path or not path.isprintable():
+        raise InputError(f"{where} names {str(path)[:60]!r} as a picture; a path below --root is needed")
     full, top = os.path.join(root, path), os.path.realpath(root)
     if os.path.commonpath([os.path.realpath(full), top]) != top:
-        raise InputError(f"the data names {path!r}, which leaves {root}; use paths below --root")
+        raise InputError(f"{where} names {path[:60]!r}, which leaves {root}; use paths below --root")
     return Path(full)
 
 
@@ -249,17 +252,45 @@ def _share(key, seed):
     return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") / 2 ** 56
 
 
+def open_text(path):
+    """A text file of a data set.  Raises InputError for what is not there or is no file: a pipe would wait for ever."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}; put it there")
+    return open(path, encoding="utf-8", newline="")
+
+
 def read_json(path, hook=None):
+    def refuse(name):
+        raise ValueError(f"{name} is no number")
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f, object_hook=hook)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing")
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        where = str(e)
-        if isinstance(e, json.JSONDecodeError):
-            where = f"line {e.lineno} column {e.colno}: {e.msg}"
-        raise InputError(f"{path} is not valid JSON ({where}); download it again")
+        with open_text(path) as f:
+            return json.load(f, object_hook=hook, parse_constant=refuse)
+    except (ValueError, RecursionError, MemoryError) as e:
+        where = f"line {e.lineno} column {e.colno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else e or "too large"
+        raise InputError(f"{path} is not valid JSON ({where}); download it again") from None
+
+
+def entries(whole, key, where):
+    """The list at a key of a JSON file's object.  Raises InputError."""
+    rows = whole.get(key) if isinstance(whole, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f"{where}: an object with a list of {key} is needed; this is not the official file")
+    return rows
+
+
+def field(row, key, kind, where):
+    """row[key], which must be of that type: text that is not blank, a number that is finite, an int that is no truth
+    value.  Raises InputError that names file, entry and key."""
+    if not isinstance(row, dict) or key not in row:
+        raise InputError(f"{where}: key {key!r} is missing")
+    value = row[key]
+    good = isinstance(value, kind) and not isinstance(value, bool)
+    if isinstance(value, (int, float)):
+        good = good and -2 ** 53 < value < 2 ** 53                   # nan is neither
+    if not good or isinstance(value, str) and not value.strip():
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InputError(f"{where}: {key} is {str(value)[:40]!r}, expected {names}, not blank")
+    return value
 
 
 # =============================================================================== mini-VQA: the built-in world
@@ -554,35 +585,40 @@ def _vqav2(setting, root, seed, outer="category"):
     category = _coco_categories(root, found)
     karpathy = {}
     if (root / "dataset_coco.json").exists():
-        for image in read_json(root / "dataset_coco.json")["images"]:
-            karpathy[image["cocoid"]] = "train" if image["split"] == "restval" else image["split"]
+        path = root / "dataset_coco.json"
+        for i, image in enumerate(entries(read_json(path), "images", path)):
+            split = field(image, "split", str, f"{path}, image {i}")
+            if split not in ("train", "restval", "val", "test"):
+                raise InputError(f"{path}, image {i}: split is train, restval, val or test, not {split[:40]!r}")
+            karpathy[field(image, "cocoid", int, f"{path}, image {i}")] = "train" if split == "restval" else split
     # ten dicts become ten shared strings while the file is parsed: a million questions fit into memory
-    compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d else d
+    compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d and type(d.get("answer")) is str else d
     parts, dropped = {"train": [], "val": [], "test": []}, Counter()
     for year in found:
-        path = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
-        try:
-            questions = {q["question_id"]: q["question"] for q in read_json(path)["questions"]}
-            path = root / f"v2_mscoco_{year}_annotations.json"
-            rows = read_json(path, compact)["annotations"]
-            for row in rows:
-                number = row["image_id"]
-                kind = vqa_question_type(row["question_type"], questions[row["question_id"]])
-                group = category.get((year, number))
-                if kind is None:
-                    dropped[f"question type: no rule for {row['question_type']!r}"] += 1
-                elif group is None:
-                    dropped["picture has no category"] += 1
-                else:
-                    share = _share(number, seed)
-                    split = (karpathy.get(number, "train") if karpathy else
-                             "train" if (year == "train2014" and len(found) == 2) or (len(found) == 1 and share < .8) else
-                             "val" if share < (.5 if len(found) == 2 else .9) else "test")
-                    picture, question = sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg"), questions[row["question_id"]]
-                    sample = Sample(row["question_id"], picture, question, tuple(row["answers"]), kind, group)
-                    parts[split].append(sample)
-        except (KeyError, TypeError) as e:
-            raise InputError(f"{path}: key {e} is missing; this is not the official VQA v2 file")
+        path, questions = root / f"v2_OpenEnded_mscoco_{year}_questions.json", {}
+        for i, row in enumerate(entries(read_json(path), "questions", path)):
+            where = f"{path}, question {i}"
+            questions[field(row, "question_id", int, where)] = field(row, "question", str, where)
+        path = root / f"v2_mscoco_{year}_annotations.json"
+        for i, row in enumerate(entries(read_json(path, compact), "annotations", path)):
+            where = f"{path}, annotation {i}"
+            number, name, answers = (field(row, k, kind, where) for k, kind in
+                                     (("image_id", int), ("question_id", int), ("answers", list)))
+            if name not in questions or not answers or not all(isinstance(a, str) for a in answers):
+                raise InputError(f"{where}: question {name} is in no questions file, or an answer is no text")
+            kind = vqa_question_type(field(row, "question_type", str, where), questions[name])
+            group = category.get((year, number))
+            if kind is None:
+                dropped[f"question type: no rule for {row['question_type']!r}"] += 1
+            elif group is None:
+                dropped["picture has no category"] += 1
+            else:
+                share = _share(number, seed)
+                split = (karpathy.get(number, "train") if karpathy else
+                         "train" if (year == "train2014" and len(found) == 2) or (len(found) == 1 and share < .8) else
+                         "val" if share < (.5 if len(found) == 2 else .9) else "test")
+                picture = sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg")
+                parts[split].append(Sample(name, picture, questions[name], tuple(answers), kind, group))
     stream = partition(setting, parts, [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(COCO_GROUPS)], QUESTION_TYPES,
                        list(zip(QUESTION_TYPES[::2], QUESTION_TYPES[1::2])), outer, seed)
     stream.notes += [f"dropped {n:,}: {why}" for why, n in dropped.most_common()]
@@ -594,10 +630,13 @@ def _coco_categories(root, years):
     """{(year, image id): category name}."""
     names = dict(zip(COCO_IDS, COCO_NAMES))
     if (root / "ImgId_cate_map.json").exists():
-        out = {}
-        for key, number in read_json(root / "ImgId_cate_map.json").items():
-            _, year, image = key.split("_")
-            out[year, int(image)] = names.get(int(number))
+        path, out = root / "ImgId_cate_map.json", {}
+        whole = read_json(path)
+        for key in whole if isinstance(whole, dict) else ():
+            parts, number = re.fullmatch(r"COCO_(\w+2014)_(\d{1,12})", key), str(whole[key])
+            if not parts or not re.fullmatch(r"\d{1,3}", number):
+                raise InputError(f"{path}: {key[:40]!r}: {number[:40]!r}, expected COCO_<split>_<picture>: <category number>")
+            out[parts[1], int(parts[2])] = names.get(int(number))
         return out
     out = {}
     for year in years:
@@ -606,10 +645,12 @@ def _coco_categories(root, years):
         if path is None:
             raise InputError(f"{root} holds neither ImgId_cate_map.json (VQACL) nor instances_{year}.json (COCO); "
                              "one of them gives each picture its category")
-        keep = lambda d: (d["image_id"], d["category_id"], d["area"]) if "area" in d else d  # polygons are not needed
+        needed = "image_id", "category_id", "area"
+        keep = lambda d: {k: d.get(k) for k in needed} if "area" in d else d       # polygons are not needed
         area = Counter()
-        for row in read_json(path, keep)["annotations"]:
-            area[row[:2]] += row[2]
+        for i, row in enumerate(entries(read_json(path, keep), "annotations", path)):
+            image, number, size = (field(row, k, (int, float) if k == "area" else int, f"{path}, annotation {i}") for k in needed)
+            area[image, number] += size
         for (image, number), _ in sorted(area.items(), key=lambda kv: kv[1]):  # the largest comes last and stays
             out[year, image] = names.get(number)
     return out
@@ -655,14 +696,18 @@ def _nextqa(setting, root, seed):
             if path is None:
                 continue
             files += 1
-            with open(path, encoding="utf-8", newline="") as f:
-                for line, row in enumerate(csv.DictReader(f), 2):
-                    try:
-                        name, group = f"{row['video']}_{row['qid']}", NEXTQA_NAMES[int(row["bigCate"]) - 1]
-                        parts[split].append(Sample(name, row["video"], row["question"], (row["answer"],), row["type"], group))
-                    except (KeyError, TypeError, ValueError, IndexError) as e:
-                        raise InputError(f"{path} line {line}: {e}; columns video, question, answer, qid, type, bigCate (1..80) "
-                                         "are needed")
+            try:
+                with open_text(path) as f:
+                    rows = list(csv.DictReader(f))
+            except (ValueError, csv.Error) as e:
+                raise InputError(f"{path} cannot be read ({e}); a UTF-8 CSV file is needed") from None
+            for line, row in enumerate(rows, 2):
+                where = f"{path} line {line}"
+                video, number, question, answer, of, group = (
+                    field(row, k, str, where) for k in ("video", "qid", "question", "answer", "type", "bigCate"))
+                if not re.fullmatch(r"[1-9]|[1-7]\d|80", group):
+                    raise InputError(f"{where}: bigCate is {group[:40]!r}, expected 1..80")
+                parts[split].append(Sample(f"{video}_{number}", video, question, (answer,), of, NEXTQA_NAMES[int(group) - 1]))
     if not files:
         raise InputError(f"{root} holds no val_CW.csv or the like; NExT-QA's open-ended CSV files, one per question "
                          "type, go there")
@@ -694,31 +739,33 @@ def _jsonl(setting, path, root, seed):
     root = root or path.parent
     parts, types, categories = {"train": [], "val": [], "test": []}, {}, {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")         # U+2028 in a string ends no line
-    except (FileNotFoundError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} cannot be read ({type(e).__name__}); --data takes a UTF-8 file of one JSON object "
-                         "a line")
+        with open_text(path) as f:
+            lines = f.read().split("\n")                             # U+2028 in a string ends no line
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} cannot be read ({e}); --data takes a UTF-8 file of one JSON object a line") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
             row = json.loads(line)
-            answers = row["answers"] if "answers" in row else row["answer"]
-            answers = answers if isinstance(answers, list) else [answers]          # a word is one answer, not its letters
-            sample = Sample(row.get("id", number), row["image"], row["question"], tuple(map(str, answers)),
-                            str(row["question_type"]), str(row["category"]))
-        except json.JSONDecodeError as e:
-            raise InputError(f"{path} line {number}: not JSON ({e.msg}); one object a line")
-        except (KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{path} line {number}: {e} is missing; each line needs image, question, answer or answers, "
-                             "question_type and category")
-        if not answers or not isinstance(sample.question, str) or not sample.question.strip():
-            raise InputError(f"{path} line {number}: an empty question or no answer")
-        inside(root, sample.image)
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"{where}: not JSON ({getattr(e, 'msg', e)}); one object a line") from None
+        texts = [str(field(row, k, (str, int, float) if k in ("question_type", "category") else str, where))
+                 for k in ("image", "question", "question_type", "category")]
+        key = "answers" if isinstance(row, dict) and "answers" in row else "answer"
+        answers = field(row, key, (str, int, float, list), where)    # a word is one answer, not its letters
+        answers = answers if isinstance(answers, list) else [answers]
+        answers = [str(field({key: a}, key, (str, int, float), where)) for a in answers]
+        name = field({"id": number, **row}, "id", (str, int), where)
+        sample = Sample(name, *texts[:2], tuple(answers), *texts[2:])
+        if not answers:
+            raise InputError(f"{where}: no answer")
+        inside(root, sample.image, where)
         share = _share(sample.image, seed)
         split = row.get("split") or ("train" if share < .7 else "val" if share < .8 else "test")
-        if split not in parts:
-            raise InputError(f"{path} line {number}: split is train, val or test, not {split!r}")
+        if not isinstance(split, str) or split not in parts:
+            raise InputError(f"{where}: split is train, val or test, not {split!r}")
         parts[split].append(sample)
         types[sample.question_type] = categories[sample.category] = None
     if not types:
@@ -744,13 +791,16 @@ def region_files(folder):
         nonlocal width
         name = Path(str(image)).stem
         where, features, boxes = _from_h5(h5, folder, name) if h5 is not None else _from_numpy(folder, name)
-        if features.ndim != 2 or boxes.shape != (len(features), 4) or width not in (None, features.shape[1]):
+        features = numbers(features, where, (2,)).astype(np.float32)
+        whole = np.tile([0., 0, 1, 1], (len(features), 1))           # without boxes: the whole picture
+        boxes = numbers(whole if boxes is None else boxes, where, (2,)).astype(np.float32)
+        if not features.size or boxes.shape != (len(features), 4) or width not in (None, features.shape[1]):
             raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; "
                              f"expected (n,{width or 'f'}) and (n,4)")
         if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
             raise InputError(f"{where} holds NaN or infinite numbers; extract its features again")
         width = features.shape[1]
-        return np.asarray(features, np.float32), np.asarray(boxes, np.float32)
+        return features, boxes
     return load
 
 
@@ -777,14 +827,9 @@ def _from_numpy(folder, name):
     if where is None:
         raise InputError(f"{folder / name}.npz (or .npy) is missing; "
                          "--features must hold every picture of the questions")
-    try:
-        file = np.load(where, allow_pickle=False)
-        features = file["features"] if where.suffix == ".npz" else file
-        if where.suffix == ".npz" and "boxes" in file:
-            return where, features, file["boxes"]
-    except (ValueError, KeyError, OSError, EOFError) as e:
-        raise InputError(f"{where} cannot be read ({e}); it needs an array features (n,f), and boxes (n,4) beside it")
-    return where, features, np.tile([0., 0, 1, 1], (len(features), 1))      # without boxes: the whole picture
+    file = load_arrays(where, "features", "boxes")
+    features = file[""] if "" in file else _take(file, where, "the file", "features")
+    return where, features, file.get("boxes")
 
 
 # ================================== affect: mini-affect and the readers of MOSI, MOSEI, CH-SIMS, IEMOCAP, npz
@@ -937,17 +982,14 @@ def _join(raw, max_length, standardize, notes):
     for m in MODALITIES:
         parts = []
         for split, part in raw.items():
-            x, where = np.asarray(part[m]), part["where"]
-            if x.dtype.kind not in "fiu" or x.ndim not in (2, 3):
-                raise InputError(f"{where}: {m} of {split} has type {x.dtype} and shape {x.shape}, "
-                                 "expected numbers (N,n,d)")
+            where = part["where"]
+            x = numbers(part[m], f"{where}: {m} of {split}", (3, 2)).astype(np.float32)
             x = x[:, None] if x.ndim == 2 else x
             if len(x) != len(part["label"]):
                 raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, as labels")
             expected = np.shape(first[m])[-1]
             if x.shape[2] != expected:
                 raise InputError(f"{where}: {m} of {split} has dimension {x.shape[2]}, expected {expected} as in train")
-            x = x.astype(np.float32)
             bad = ~np.isfinite(x)
             if bad.any():
                 notes.append(f"warning: {where}: {m} of {split} has {int(bad.sum())} values -inf or NaN; set to 0")
@@ -1024,10 +1066,36 @@ def read_pickle(path):
 
 
 def _take(part, where, split, *names):
-    for name in names:
+    for name in names if isinstance(part, dict) else ():
         if name in part:
             return part[name]
-    raise InputError(f"{where}: {split} has no key {' or '.join(names)}; found {', '.join(map(str, part))}")
+    found = ", ".join(map(str, part))[:200] if isinstance(part, dict) else type(part).__name__
+    raise InputError(f"{where}: {split} has no key {' or '.join(names)}; found {found}")
+
+
+def numbers(x, where, dims, kinds="fiu"):
+    """x as an array of real numbers with one of these counts of dimensions; float32, or int64 for integers.  Raises
+    InputError; numbers too large for float32 become infinite."""
+    try:
+        x = np.asarray(x)
+    except ValueError as e:                                          # rows of different lengths
+        raise InputError(f"{where}: no array ({e})") from None
+    if x.dtype.kind not in kinds or x.ndim not in dims:
+        raise InputError(f"{where} has type {x.dtype} and shape {x.shape}, expected numbers with {dims[0]} dimensions")
+    with np.errstate(over="ignore"):
+        return x.astype(np.int64 if x.dtype.kind in "iu" else np.float32)
+
+
+def load_arrays(path, *keys):
+    """{key: array} of those keys that an .npz has, or {"": array} of an .npy.  Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path} does not exist or is no regular file")
+    try:
+        with open(path, "rb") as f:
+            file = np.load(f, allow_pickle=False)
+            return {k: file[k] for k in keys if k in file} if hasattr(file, "files") else {"": file}
+    except Exception as e:                                           # numpy and zipfile raise many kinds for a damaged file
+        raise InputError(f"{path} is not a readable file of plain arrays ({type(e).__name__}: {e})".splitlines()[0]) from None
 
 
 def _read_pickles(root, source, fold):
@@ -1044,12 +1112,15 @@ def _read_pickles(root, source, fold):
     data, raw = read_pickle(found[0]), {}
     for split in ("train", "valid", "test"):
         part = _take(data, found[0], "the file", split) if isinstance(data, dict) else {}
-        label = np.asarray(_take(part, found[0], split, "regression_labels", "labels"))
+        where = f"{found[0]}: labels of {split}"
+        label = numbers(_take(part, found[0], split, "regression_labels", "labels"), where, (3, 1, 2))
         if source == "iemocap":                                   # MulT: (N,4,2), one yes/no pair per emotion
             if label.ndim != 3 or label.shape[1:] != (4, 2):
-                raise InputError(f"{found[0]}: labels of {split} has shape {label.shape}, expected (N,4,2)")
+                raise InputError(f"{where} has shape {label.shape}, expected (N,4,2)")
             label = label[:, :, 1].argmax(1).astype(np.int64)
         else:
+            if not label.size:
+                raise InputError(f"{where}: there is none")
             label = label.reshape(len(label), -1)[:, 0].astype(np.float32)
         take = functools.partial(_take, part, found[0], split)
         raw[split] = {"audio": take("audio"), "video": take("vision", "video"), "text": take("text"), "label": label,
@@ -1099,17 +1170,13 @@ def _read_npz(path, fold):
 
     With fold: test = that fold, val = the next one, train = the others.  label of integers = classes.
     """
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            data = {k: z[k] for k in z.files if k in (*MODALITIES, "label", "split", "fold")}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except Exception as e:
-        raise InputError(f"{path} is not a readable .npz of plain arrays ({type(e).__name__}: {e})") from None
-    label = np.asarray(_take(data, path, "the file", "label")).reshape(-1)
-    which = np.asarray(_take(data, path, "the file", "split", "fold"))
-    if len(which) != len(label):
-        raise InputError(f"{path}: split or fold has {len(which)} entries, expected {len(label)}, one per label")
+    data = load_arrays(path, *MODALITIES, "label", "split", "fold")
+    label = numbers(_take(data, path, "the file", "label"), f"{path}: label", (1, 2)).reshape(-1)
+    which = _take(data, path, "the file", "split", "fold")
+    if "split" not in data:
+        which = numbers(which, f"{path}: fold", (1,), "iu")
+    if which.shape != label.shape or not label.size:
+        raise InputError(f"{path}: split or fold has {which.size} entries, expected {len(label)}, one per label")
     if "split" in data:
         rows = {k: np.isin(which.astype(str), names) for k, names in
                 (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
@@ -1120,8 +1187,8 @@ def _read_npz(path, fold):
         rows = {"train": (which != fold) & (which != (fold + 1) % folds) & (which >= 0),
                 "valid": which == (fold + 1) % folds, "test": which == fold}
     for m in MODALITIES:
-        if len(_take(data, path, "the file", m)) != len(label):
-            raise InputError(f"{path}: {m} has {len(data[m])} rows, expected {len(label)}, one per label")
+        if np.shape(_take(data, path, "the file", m))[:1] != label.shape:
+            raise InputError(f"{path}: {m} has shape {data[m].shape}, expected {len(label)} rows, one per label")
     return {split: {**{m: data[m][keep] for m in MODALITIES}, "label": label[keep], "where": path}
             for split, keep in rows.items()}
 
@@ -1579,26 +1646,26 @@ def _coin_file(path, task, root, count):
     samples = []
     for i, row in enumerate(rows):
         where = f"{path}, sample {i}"
-        try:
-            if "conversations" in row:                               # training file
-                human, gpt = (turn["value"] for turn in row["conversations"][:2])
-                text, answer = human.replace("<image>", "").strip(), gpt
-            else:                                                    # test file
-                text, answer = row["text"].replace("<image>", "").strip(), row.get("answer_bbox", row.get("answer"))
-            if not isinstance(text, str) or answer is None:
-                raise KeyError("answer")
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise InputError(f"{where}: needs conversations (human, gpt) or text and answer; missing or wrong: {e}")
-        sample = {"id": row.get("id", row.get("question_id", i)), "text": text, "answer": str(answer).strip(),
+        if isinstance(row, dict) and "conversations" in row:         # training file
+            turns = field(row, "conversations", list, where)
+            text, answer = (field(turn, "value", str, where) for turn in (turns + [None, None])[:2])
+        else:                                                        # test file
+            text = field(row, "text", str, where)
+            answer = field(row, "answer_bbox" if "answer_bbox" in row else "answer", (str, int, float, list), where)
+        name = next((row[k] for k in ("id", "question_id") if k in row), i)
+        name = field({"id": name}, "id", (str, int), where)
+        sample = {"id": name, "text": text.replace("<image>", "").strip(), "answer": str(answer).strip(),
                   "kind": _RULES[task], "image": None, "pad": True}
-        if row.get("answers"):                                       # ten annotators, where the file has them
-            several = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]        # not its letters
-            sample["answers"] = [a["answer"] if isinstance(a, dict) else a for a in several]
+        several = row.get("answers")                                 # ten annotators, where the file has them
+        if several:
+            several = several if isinstance(several, list) else [several]          # a word is one answer, not its letters
+            several = [a if isinstance(a, dict) else {"answer": a} for a in several]
+            sample["answers"] = [field(a, "answer", str, where) for a in several]
         if task == "REC" and parse_box(answer) is None:
             count["boxes that cannot be parsed, left out"] += 1
             continue
         if row.get("image"):
-            sample["image"] = str(inside(root, row["image"]))
+            sample["image"] = str(inside(root, row["image"], where))
             problem = picture_problem(sample["image"])
             if problem:
                 count[f"pictures {problem}, samples left out"] += 1

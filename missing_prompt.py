@@ -737,7 +737,7 @@ class EWC(Method):
 
 class LwF(Distilling):
     """LwF (Li and Hoiem 2017): on the new task's inputs, keep the outputs that the model gave before it."""
-    weight = 0.1
+    weight = 0.3                                                     # of 0.1 to 10, by validation on seed 100
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)

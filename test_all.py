@@ -2,6 +2,7 @@
 end to end.  pytest -q test_all.py"""
 import argparse
 import ast
+import contextlib
 import inspect
 import itertools
 import json
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -1014,7 +1016,7 @@ def test_vqav2_broken_files_name_themselves(tmp_path):
     with pytest.raises(InputError, match=r"questions.json is not valid JSON \(line 1"):
         data.vqa_stream("CI", "vqav2", tmp_path)
     path.write_text('{"questions": [{"image_id": 1}]}')
-    with pytest.raises(InputError, match="key 'question_id' is missing"):
+    with pytest.raises(InputError, match="question 0: key 'question' is missing"):
         data.vqa_stream("CI", "vqav2", tmp_path)
 
 
@@ -1057,10 +1059,10 @@ def test_jsonl_reader_and_its_mends(tmp_path):
     stream = data.vqa_stream("DI", path)
     assert stream.names == ["box", "wall"] and sorted(s.name for s in stream.tasks[0].subtasks) == ["color", "judge"]
     assert [len(getattr(stream.tasks[0], k)) for k in ("train", "val", "test")] == [18, 6, 6]
-    for broken, message in (('{"image": ', "line 3: not JSON"), ('{"image": "a.png", "answer": "x"}', "line 3: 'question' is missing"),
+    for broken, message in (('{"image": ', "line 3: not JSON"), ('{"image": "a.png", "answer": "x"}', "line 3: key 'question' is missing"),
                             (json.dumps({**lines[2], "image": "../../etc/passwd"}), "leaves"),
                             (json.dumps({**lines[2], "split": "dev"}), "line 3: split is train, val or test"),
-                            (json.dumps({**lines[2], "question": " "}), "line 3: an empty question")):
+                            (json.dumps({**lines[2], "question": " "}), "line 3: question is")):
         rows = [json.dumps(r) for r in lines]
         rows[2] = broken
         path.write_text("\n".join(rows))
@@ -1141,6 +1143,69 @@ def test_order_and_unknown_settings():
         data.vqa_stream("CI", "coco")
 
 
+BAD_VALUES = [None, True, -1, 1.5, float("nan"), 10 ** 23, "", "x", "a\0b", "../../etc/passwd", "\ud800", [], [None], ["x"], {}, {"a": 1}]
+
+
+def spoiled(rng, tree):
+    """A copy of a JSON tree, one of its values replaced or one of its keys gone."""
+    tree = json.loads(json.dumps(tree))
+    at, up = tree, None
+    while isinstance(at, (dict, list)) and at and (up is None or rng.random() < 0.9):
+        up, key = at, rng.choice([*at] if isinstance(at, dict) else range(len(at)))
+        at = at[key]
+    if rng.random() < 0.2:
+        del up[key]
+    else:
+        up[key] = rng.choice(BAD_VALUES)
+    return tree
+
+
+def test_no_reader_raises_anything_but_one_line_that_names_the_file(tmp_path):
+    """Valid files with one value spoiled, or some bytes: each is read, or refused with its name in the message."""
+    (tmp_path / "vqa").mkdir()
+    make_pictures(tmp_path), make_vqav2(tmp_path / "vqa", 300), modal_write_coin(tmp_path / "coin", ("REC", "VQAv2"), 4)
+    coin = tmp_path / "coin/Instructions_Original"
+    readers = [(tmp_path / "mine.jsonl", lambda: data.vqa_stream("QI", tmp_path / "mine.jsonl")),
+               *((p, lambda: data.vqa_stream("CI", "vqav2", tmp_path / "vqa")) for p in sorted((tmp_path / "vqa").glob("*.json"))),
+               *((p, lambda: data.instruction_stream("coin", tmp_path / "coin")) for p in sorted(coin.rglob("*.json")))]
+    rng, refused = random.Random(0), Counter()
+    for path, read in readers:
+        whole, lines = path.read_text(), path.suffix == ".jsonl"
+        tree = [json.loads(x) for x in whole.splitlines()] if lines else json.loads(whole)
+        for n in range(24):
+            broken = spoiled(rng, tree)
+            text = "\n".join(map(json.dumps, broken)) if lines and isinstance(broken, list) else json.dumps(broken)
+            cut = rng.randrange(len(whole))
+            path.write_bytes(text.encode() if n % 4 else whole[:cut].encode() + rng.randbytes(3))
+            try:
+                read()
+            except InputError as e:
+                refused[path.name] += 1
+                assert "\n" not in str(e) and (path.name in str(e) or "task '" in str(e) or "questions" in str(e)), e
+        path.write_text(whole)
+    assert all(refused[path.name] >= 8 for path, _ in readers), refused
+
+
+def test_no_array_reader_raises_anything_but_one_line_that_names_the_file(tmp_path):
+    rng, good = np.random.default_rng(0), {"features": np.ones((3, 4), np.float32), "boxes": np.full((3, 4), .5)}
+    affect = {**{m: np.ones((12, 2, 3), np.float32) for m in data.MODALITIES}, "label": np.ones(12), "fold": np.arange(12) % 4}
+    wrong = [np.array(None), np.array(["x"] * 12), np.ones(12) * 1j, np.zeros(0), np.ones((12, 2, 3, 4)), np.full((3, 4), np.nan), np.array(7)]
+    for arrays, read in ((good, lambda: data.region_files(tmp_path)("a")), (affect, lambda: affect_stream(str(tmp_path / "a.npz"), mp.PATTERNS))):
+        for key in arrays:
+            for x in (*wrong, None):
+                np.savez(tmp_path / "a.npz", **{k: v for k, v in {**arrays, key: x}.items() if v is not None})
+                try:
+                    read()
+                except InputError as e:
+                    assert "a.npz" in str(e) and "\n" not in str(e)
+        whole = (tmp_path / "a.npz").read_bytes()
+        for n in range(30):
+            spot = int(rng.integers(len(whole)))
+            (tmp_path / "a.npz").write_bytes(whole[:spot] + (b"" if n % 2 else rng.bytes(4)) + whole[spot + 4:] * (n % 3 > 0))
+            with contextlib.suppress(InputError):
+                read()
+
+
 def test_pictures_that_cannot_be_read(tmp_path):
     make_pictures(tmp_path, 6)
     whole = (tmp_path / "images/0.png").read_bytes()
@@ -1179,7 +1244,7 @@ def test_region_files(tmp_path):
     with pytest.raises(InputError, match="d.npy holds NaN"):
         load("d.jpg")
     (tmp_path / "e.npz").write_bytes(b"half")
-    with pytest.raises(InputError, match="e.npz cannot be read"):
+    with pytest.raises(InputError, match="e.npz is not a readable file"):
         load("e.jpg")
     with pytest.raises(InputError, match="missing.npz"):
         load("missing.jpg")
