@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -445,10 +446,11 @@ def format_matrix(A, names):
 
 def from_pretrained(cls, name, flag, **more):
     """cls.from_pretrained, with one clear line when the id or folder cannot be loaded."""
+    from safetensors import SafetensorError
     try:
         return cls.from_pretrained(name, **more)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{flag} {name}: cannot be loaded ({str(e).strip().splitlines()[0][:160]}); give a Hugging Face "
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as e:
+        raise InputError(f"{flag} {name}: cannot be loaded ({(str(e).strip() or 'empty').splitlines()[0][:160]}); give a Hugging Face "
                          "id (needs the network once) or a folder written by save_pretrained") from None
 
 
@@ -1358,7 +1360,8 @@ def run_cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+                       errno.ENAMETOOLONG, errno.ELOOP, errno.EIO):
             sys.exit(_say(f"error: cannot write {e.filename or ''}: {e.strerror}; free space or choose another "
                           "--out; --resume goes on from the last checkpoint"))
         raise
@@ -1370,5 +1373,8 @@ def run_cli(main):
 
 
 def _say(line):
+    from tqdm import tqdm
+    for bar in [*getattr(tqdm, "_instances", ())]:                   # an open progress bar would share the line
+        bar.close()
     print(line, file=sys.stderr)
     return 2

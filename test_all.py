@@ -1570,6 +1570,20 @@ def test_checkpoints_come_after_minutes_and_at_the_end_of_a_task(tmp_path):
     assert written == [(0, 2), (1, 0), (1, 2), (2, 0)]
 
 
+def test_folders_and_weights_that_cannot_be_used_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    tiny_t5().save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5/model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="--backbone .*t5: cannot be loaded"):
+        mmprompt.load_t5(str(tmp_path / "t5"))
+    program = ("import sys, metrics, pathlib\nfrom tqdm import tqdm\ndef main():\n    bar = tqdm(range(3), desc='task 1', leave=False)\n"
+               "    metrics.Run(pathlib.Path(sys.argv[1]), {})\nmetrics.run_cli(main)")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 99)):
+        done = subprocess.run([sys.executable, "-c", program, out], cwd=HERE, capture_output=True, text=True)
+        last = done.stderr.replace("\r", "\n").splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("error: cannot write") and "task 1" not in last, done.stderr
+
+
 def test_shares_and_gathering_by_hand(monkeypatch):
     """Three processes in one: their shares hold each sample once, weights add up, order comes back."""
     told = []
