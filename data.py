@@ -985,6 +985,8 @@ def _join(raw, max_length, standardize, notes):
             where = part["where"]
             x = numbers(part[m], f"{where}: {m} of {split}", (3, 2)).astype(np.float32)
             x = x[:, None] if x.ndim == 2 else x
+            if not x.size and len(x):
+                raise InputError(f"{where}: {m} of {split} has shape {x.shape}: there is nothing in it")
             if len(x) != len(part["label"]):
                 raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, as labels")
             expected = np.shape(first[m])[-1]
@@ -1003,6 +1005,8 @@ def _join(raw, max_length, standardize, notes):
     if label.dtype.kind == "f" and not np.isfinite(label).all():
         raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; drop those rows")
     label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
+    if label.dtype.kind == "i" and label.size and label.min() < 0:
+        raise InputError(f"{first['where']}: class {label.min()} of a label; integers are classes, from 0, and scores are floats")
     sizes = [len(part["label"]) for part in raw.values()]
     return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
 
