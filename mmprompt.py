@@ -432,7 +432,9 @@ class VQABackbone(nn.Module):
         modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint"
         nothing.
         """
-        out = method(F_q, F_v, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
+        with torch.autocast(F_v.device.type, enabled=False):         # prompts stay in full precision, and are faster so
+            full = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (F_q, F_v)]
+            out = method(*full, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
         place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}            # block -> (B,P,D)
         if modality != "joint":                                      # queries saw both, the encoder sees one
             q_mask, v_mask = q_mask & (modality == "q"), v_mask & (modality == "v")
