@@ -644,7 +644,7 @@ class Joint(Finetune):
 class L2P(Method):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
     the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
-    lr, one_pool = 2e-2, False
+    lr, one_pool = 5e-3, False
 
     def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0, blocks=(0,), keep=True):
         super().__init__()
