@@ -219,7 +219,7 @@ def describe(stream):
 
 def inside(root, path, where="the data"):
     """root/path, refusing a path in the data that leaves the root, by .. or by a link.  Raises InputError."""
-    if not isinstance(path, str) or "\0" in path or not path.isprintable():
+    if not isinstance(path, str) or "\0" in path or re.search("[\ud800-\udfff]", path):
         raise InputError(f"{where} names {str(path)[:60]!r} as a picture; a path below --root is needed")
     full, top = os.path.join(root, path), os.path.realpath(root)
     if os.path.commonpath([os.path.realpath(full), top]) != top:
@@ -256,7 +256,7 @@ def open_text(path):
     """A text file of a data set.  Raises InputError for what is not there or is no file: a pipe would wait for ever."""
     if not os.path.isfile(path):
         raise InputError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}; put it there")
-    return open(path, encoding="utf-8", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
 
 
 def read_json(path, hook=None):
@@ -287,7 +287,7 @@ def field(row, key, kind, where):
     good = isinstance(value, kind) and not isinstance(value, bool)
     if isinstance(value, (int, float)):
         good = good and -2 ** 53 < value < 2 ** 53                   # nan is neither
-    if not good or isinstance(value, str) and not value.strip():
+    if not good or isinstance(value, str) and (not value.strip() or re.search("[\ud800-\udfff]", value)):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise InputError(f"{where}: {key} is {str(value)[:40]!r}, expected {names}, not blank")
     return value
@@ -785,41 +785,49 @@ def region_files(folder):
     Raises InputError for a picture that is not there, and for arrays that are misshapen or not finite.
     """
     folder = Path(folder)
-    h5, width = _open_h5(folder) if folder.suffix in (".h5", ".hdf5") else None, None
+    read, width = _from_h5 if folder.suffix in (".h5", ".hdf5") else _from_numpy, None
+    if read is _from_h5:
+        load_h5(folder)                                              # told before anything is trained
 
     def load(image):
         nonlocal width
-        name = Path(str(image)).stem
-        where, features, boxes = _from_h5(h5, folder, name) if h5 is not None else _from_numpy(folder, name)
+        where, features, boxes = read(folder, Path(str(image)).stem)
         features = numbers(features, where, (2,)).astype(np.float32)
         whole = np.tile([0., 0, 1, 1], (len(features), 1))           # without boxes: the whole picture
         boxes = numbers(whole if boxes is None else boxes, where, (2,)).astype(np.float32)
         if not features.size or boxes.shape != (len(features), 4) or width not in (None, features.shape[1]):
             raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; "
                              f"expected (n,{width or 'f'}) and (n,4)")
-        if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
-            raise InputError(f"{where} holds NaN or infinite numbers; extract its features again")
+        if not (np.isfinite(features).all() and (abs(boxes - .5) <= .51).all()):        # rounding is no fault
+            raise InputError(f"{where} holds NaN or infinite numbers, or boxes outside [0,1]; extract it again")
         width = features.shape[1]
         return features, boxes
     return load
 
 
-def _open_h5(path):
+def load_h5(path, *keys):
+    """[array] of those keys of an HDF5 file.  Raises InputError where one lacks, or h5py does."""
     try:
         import h5py
     except ImportError:
-        raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py")
-    if not path.exists():
-        raise InputError(f"{path} is missing; name VL-T5's feature file with --features")
-    return h5py.File(path, "r")
+        raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is missing or no regular file; name the folder or file with --root or --features")
+    try:
+        with h5py.File(path, "r") as h5:
+            return [np.asarray(h5[key][()]) for key in keys]
+    except Exception as e:                                           # h5py raises many kinds for a damaged file
+        raise InputError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:200]}); it needs the arrays "
+                         f"{', '.join(keys[:4])} and so on; download it again") from None
 
 
-def _from_h5(h5, path, name):
-    where = f"{path}, key {name}"
-    if name not in h5:
-        raise InputError(f"{where} is missing; --features must hold every picture of the questions")
-    size = np.array([h5[name]["img_w"][()], h5[name]["img_h"][()]] * 2, np.float32)
-    return where, h5[name]["features"][:], h5[name]["boxes"][:].astype(np.float32) / size
+def _from_h5(path, name):
+    where, keys = f"{path}, key {name}", [f"{name}/{k}" for k in ("features", "boxes", "img_w", "img_h")]
+    features, boxes, *size = load_h5(path, *keys)
+    boxes, size = numbers(boxes, where, (2,)), np.stack([numbers(x, where, (0,)) for x in size * 2])
+    if boxes.shape[1] != 4 or not (size > 0).all():
+        raise InputError(f"{where}: boxes (n,4) in pixels, img_w and img_h are needed; extract it again")
+    return where, features, boxes / size
 
 
 def _from_numpy(folder, name):
@@ -1139,33 +1147,22 @@ def _read_iemocap(root, source, fold):
     """
     if not (root / "A").is_dir():
         return _read_pickles(root, source, fold)
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{root} holds .h5 files: pip install h5py, or use MulT's iemocap_data.pkl") from None
     files = {"audio": root / "A/comparE.h5", "video": root / "V/denseface.h5", "text": root / "L/bert_large.h5"}
     longest, raw, cv = {"audio": 350, "video": 50, "text": 22}, {}, str(fold + 1)
-    missing = [f for f in files.values() if not f.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]} does not exist")
-    opened = {m: h5py.File(f, "r") for m, f in files.items()}
     for split, short in (("train", "trn"), ("valid", "val"), ("test", "tst")):
         labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
-        for f in (labels, names):
-            if not f.is_file():
-                raise InputError(f"{f} does not exist (--folds {fold} is cross-validation set {cv})")
-        keys = [k.decode() if isinstance(k, bytes) else str(k) for k in np.load(names).reshape(-1)]
-        part = {"label": np.load(labels).argmax(1).astype(np.int64), "where": labels}
-        for m, f in opened.items():
-            lost = [k for k in keys if k not in f]
-            if lost:
-                raise InputError(f"{files[m]} has no utterance {lost[0]} ({len(lost)} of {len(keys)} of {split} lack)")
-            rows = [np.asarray(f[k][()], np.float32)[:longest[m]] for k in keys]
-            padded = [np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows]
-            part[m] = np.stack(padded).astype(np.float32)
-        raw[split] = part
-    for f in opened.values():
-        f.close()
+        if not labels.exists():
+            raise InputError(f"{labels} does not exist (--folds {fold} is cross-validation set {cv})")
+        keys, label = (np.asarray(load_arrays(path).get("")) for path in (names, labels))
+        if keys.dtype.kind not in "SU" or not keys.size or label.ndim != 2 or label.shape[1] < 2:
+            raise InputError(f"{names}: names of utterances are needed, and in {labels} one column per class")
+        keys = [k.decode("latin1") if isinstance(k, bytes) else str(k) for k in keys.reshape(-1)]
+        raw[split] = part = {"label": numbers(label, labels, (2,)).argmax(1), "where": labels}
+        for m, path in files.items():
+            rows = [numbers(x, f"{path}, {k}", (2,))[:longest[m]] for k, x in zip(keys, load_h5(path, *keys))]
+            if len({x.shape[1] for x in rows}) > 1:
+                raise InputError(f"{path}: the utterances of {names} have several dimensions")
+            part[m] = np.array([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows], np.float32)
     return raw
 
 
