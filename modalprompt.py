@@ -1114,13 +1114,12 @@ def bench(args):
     trained, frozen = (sum(p.numel() for p in ps if p.requires_grad == learns) for ps, learns in
                        ((method.parameters(), True), (vlm.model.parameters(), False)))
 
-    shown = seen(method, train)
-
     def step():
         prefix, losses = method(*shown)
         language, n = vlm.loss(train, prefix)
         total_loss(language / n, losses).backward()
     if not meta:
+        shown = seen(method, train)
         if trained:
             row["s/step"] = metrics.seconds(args.device, step)[0]
         method.end_task()

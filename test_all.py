@@ -3277,6 +3277,8 @@ def test_modal_bench_charges_a_method_for_what_it_uses(capsys, monkeypatch):
     modal.bench(modal_args("--method", "l2p", "--smoke"))
     assert len(looked) == 4                                              # a step and an answer, each warmed up and timed once
     out = modal.bench(modal_args("--method", "moelora", "--backbone", "7b", "--device", "cpu"))
+    ours = modal.bench(modal_args("--backbone", "7b", "--device", "cpu"))                         # shapes alone: CLIP is not run
+    assert ours["trainable"] == 19_968_768 and "s/step" not in ours
     assert 4.5 < 100 * out["trainable"] / out["frozen"] < 4.9 and "2.41 tokens/s, 4.73 %" in capsys.readouterr().out
 
 
