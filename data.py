@@ -219,7 +219,7 @@ def describe(stream):
 
 def inside(root, path, where="the data"):
     """root/path, refusing a path in the data that leaves the root, by .. or by a link.  Raises InputError."""
-    if not isinstance(path, str) or "\0" in path or re.search("[\ud800-\udfff]", path):
+    if not isinstance(path, str) or "\0" in path:
         raise InputError(f"{where} names {str(path)[:60]!r} as a picture; a path below --root is needed")
     full, top = os.path.join(root, path), os.path.realpath(root)
     if os.path.commonpath([os.path.realpath(full), top]) != top:
@@ -253,9 +253,10 @@ def _share(key, seed):
 
 
 def open_text(path):
-    """A text file of a data set.  Raises InputError for what is not there or is no file: a pipe would wait for ever."""
+    """A text file of a data set.  Raises InputError for what is not there or no file: a pipe would wait for ever."""
     if not os.path.isfile(path):
-        raise InputError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}; put it there")
+        wrong = "no regular file" if os.path.lexists(path) else "missing"
+        raise InputError(f"{path} is {wrong}; put it there")
     return open(path, encoding="utf-8-sig", newline="")
 
 
@@ -266,21 +267,24 @@ def read_json(path, hook=None):
         with open_text(path) as f:
             return json.load(f, object_hook=hook, parse_constant=refuse)
     except (ValueError, RecursionError, MemoryError) as e:
-        where = f"line {e.lineno} column {e.colno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else e or "too large"
+        where = e or "too large"
+        if isinstance(e, json.JSONDecodeError):
+            where = f"line {e.lineno} column {e.colno}: {e.msg}"
         raise InputError(f"{path} is not valid JSON ({where}); download it again") from None
 
 
-def entries(whole, key, where):
+def entries(path, key, hook=None):
     """The list at a key of a JSON file's object.  Raises InputError."""
+    whole = read_json(path, hook)
     rows = whole.get(key) if isinstance(whole, dict) else None
     if not isinstance(rows, list):
-        raise InputError(f"{where}: an object with a list of {key} is needed; this is not the official file")
+        raise InputError(f"{path}: an object with a list of {key} is needed; this is not the official file")
     return rows
 
 
 def field(row, key, kind, where):
-    """row[key], which must be of that type: text that is not blank, a number that is finite, an int that is no truth
-    value.  Raises InputError that names file, entry and key."""
+    """row[key], which must be of that type: text that is not blank, a number that is finite, an int that is no
+    truth value.  Raises InputError that names file, entry and key."""
     if not isinstance(row, dict) or key not in row:
         raise InputError(f"{where}: key {key!r} is missing")
     value = row[key]
@@ -586,21 +590,22 @@ def _vqav2(setting, root, seed, outer="category"):
     karpathy = {}
     if (root / "dataset_coco.json").exists():
         path = root / "dataset_coco.json"
-        for i, image in enumerate(entries(read_json(path), "images", path)):
-            split = field(image, "split", str, f"{path}, image {i}")
+        for i, image in enumerate(entries(path, "images")):
+            where = f"{path}, image {i}"
+            split = field(image, "split", str, where)
             if split not in ("train", "restval", "val", "test"):
-                raise InputError(f"{path}, image {i}: split is train, restval, val or test, not {split[:40]!r}")
-            karpathy[field(image, "cocoid", int, f"{path}, image {i}")] = "train" if split == "restval" else split
+                raise InputError(f"{where}: split is train, restval, val or test, not {split[:40]!r}")
+            karpathy[field(image, "cocoid", int, where)] = "train" if split == "restval" else split
     # ten dicts become ten shared strings while the file is parsed: a million questions fit into memory
     compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d and type(d.get("answer")) is str else d
     parts, dropped = {"train": [], "val": [], "test": []}, Counter()
     for year in found:
         path, questions = root / f"v2_OpenEnded_mscoco_{year}_questions.json", {}
-        for i, row in enumerate(entries(read_json(path), "questions", path)):
+        for i, row in enumerate(entries(path, "questions")):
             where = f"{path}, question {i}"
             questions[field(row, "question_id", int, where)] = field(row, "question", str, where)
         path = root / f"v2_mscoco_{year}_annotations.json"
-        for i, row in enumerate(entries(read_json(path, compact), "annotations", path)):
+        for i, row in enumerate(entries(path, "annotations", compact)):
             where = f"{path}, annotation {i}"
             number, name, answers = (field(row, k, kind, where) for k, kind in
                                      (("image_id", int), ("question_id", int), ("answers", list)))
@@ -635,7 +640,8 @@ def _coco_categories(root, years):
         for key in whole if isinstance(whole, dict) else ():
             parts, number = re.fullmatch(r"COCO_(\w+2014)_(\d{1,12})", key), str(whole[key])
             if not parts or not re.fullmatch(r"\d{1,3}", number):
-                raise InputError(f"{path}: {key[:40]!r}: {number[:40]!r}, expected COCO_<split>_<picture>: <category number>")
+                raise InputError(f"{path}: {key[:40]!r}: {number[:40]!r}, expected "
+                                 "COCO_<split>_<picture>: <category number>")
             out[parts[1], int(parts[2])] = names.get(int(number))
         return out
     out = {}
@@ -645,12 +651,13 @@ def _coco_categories(root, years):
         if path is None:
             raise InputError(f"{root} holds neither ImgId_cate_map.json (VQACL) nor instances_{year}.json (COCO); "
                              "one of them gives each picture its category")
-        needed = "image_id", "category_id", "area"
-        keep = lambda d: {k: d.get(k) for k in needed} if "area" in d else d       # polygons are not needed
+        # polygons are not needed
+        keep = lambda d: {k: d.get(k) for k in ("image_id", "category_id", "area")} if "area" in d else d
         area = Counter()
-        for i, row in enumerate(entries(read_json(path, keep), "annotations", path)):
-            image, number, size = (field(row, k, (int, float) if k == "area" else int, f"{path}, annotation {i}") for k in needed)
-            area[image, number] += size
+        for i, row in enumerate(entries(path, "annotations", keep)):
+            where = f"{path}, annotation {i}"
+            pair = field(row, "image_id", int, where), field(row, "category_id", int, where)
+            area[pair] += field(row, "area", (int, float), where)
         for (image, number), _ in sorted(area.items(), key=lambda kv: kv[1]):  # the largest comes last and stays
             out[year, image] = names.get(number)
     return out
@@ -703,11 +710,12 @@ def _nextqa(setting, root, seed):
                 raise InputError(f"{path} cannot be read ({e}); a UTF-8 CSV file is needed") from None
             for line, row in enumerate(rows, 2):
                 where = f"{path} line {line}"
-                video, number, question, answer, of, group = (
-                    field(row, k, str, where) for k in ("video", "qid", "question", "answer", "type", "bigCate"))
+                columns = "video", "qid", "question", "answer", "type", "bigCate"
+                video, number, question, answer, of, group = (field(row, k, str, where) for k in columns)
                 if not re.fullmatch(r"[1-9]|[1-7]\d|80", group):
                     raise InputError(f"{where}: bigCate is {group[:40]!r}, expected 1..80")
-                parts[split].append(Sample(f"{video}_{number}", video, question, (answer,), of, NEXTQA_NAMES[int(group) - 1]))
+                name, group = f"{video}_{number}", NEXTQA_NAMES[int(group) - 1]
+                parts[split].append(Sample(name, video, question, (answer,), of, group))
     if not files:
         raise InputError(f"{root} holds no val_CW.csv or the like; NExT-QA's open-ended CSV files, one per question "
                          "type, go there")
@@ -742,7 +750,8 @@ def _jsonl(setting, path, root, seed):
         with open_text(path) as f:
             lines = f.read().split("\n")                             # U+2028 in a string ends no line
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} cannot be read ({e}); --data takes a UTF-8 file of one JSON object a line") from None
+        raise InputError(f"{path} cannot be read ({e}); --data takes a UTF-8 file of one JSON object a "
+                         "line") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -785,13 +794,12 @@ def region_files(folder):
     Raises InputError for a picture that is not there, and for arrays that are misshapen or not finite.
     """
     folder = Path(folder)
-    read, width = _from_h5 if folder.suffix in (".h5", ".hdf5") else _from_numpy, None
-    if read is _from_h5:
-        load_h5(folder)                                              # told before anything is trained
+    h5, width = open_h5(folder) if folder.suffix in (".h5", ".hdf5") else None, None
 
     def load(image):
         nonlocal width
-        where, features, boxes = read(folder, Path(str(image)).stem)
+        name = Path(str(image)).stem
+        where, features, boxes = _from_h5(h5, folder, name) if h5 is not None else _from_numpy(folder, name)
         features = numbers(features, where, (2,)).astype(np.float32)
         whole = np.tile([0., 0, 1, 1], (len(features), 1))           # without boxes: the whole picture
         boxes = numbers(whole if boxes is None else boxes, where, (2,)).astype(np.float32)
@@ -799,31 +807,39 @@ def region_files(folder):
             raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; "
                              f"expected (n,{width or 'f'}) and (n,4)")
         if not (np.isfinite(features).all() and (abs(boxes - .5) <= .51).all()):        # rounding is no fault
-            raise InputError(f"{where} holds NaN or infinite numbers, or boxes outside [0,1]; extract it again")
+            raise InputError(f"{where} holds NaN or infinite numbers, or boxes outside [0,1]; "
+                             "extract it again")
         width = features.shape[1]
         return features, boxes
     return load
 
 
-def load_h5(path, *keys):
-    """[array] of those keys of an HDF5 file.  Raises InputError where one lacks, or h5py does."""
+def open_h5(path):
+    """An HDF5 file, open.  Raises InputError for what is none, and without h5py."""
     try:
         import h5py
     except ImportError:
         raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
     if not os.path.isfile(path):
-        raise InputError(f"{path} is missing or no regular file; name the folder or file with --root or --features")
+        raise InputError(f"{path} is missing or no regular file; name it or its folder with --root or --features")
     try:
-        with h5py.File(path, "r") as h5:
-            return [np.asarray(h5[key][()]) for key in keys]
-    except Exception as e:                                           # h5py raises many kinds for a damaged file
+        return h5py.File(path, "r")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({str(e)[:200]}); download it again") from None
+
+
+def take_h5(h5, path, *keys):
+    """[array] of those keys of an open HDF5 file.  Raises InputError."""
+    try:
+        return [np.asarray(h5[key][()]) for key in keys]
+    except Exception as e:                                       # h5py raises many kinds for a damaged file
         raise InputError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:200]}); it needs the arrays "
                          f"{', '.join(keys[:4])} and so on; download it again") from None
 
 
-def _from_h5(path, name):
+def _from_h5(h5, path, name):
     where, keys = f"{path}, key {name}", [f"{name}/{k}" for k in ("features", "boxes", "img_w", "img_h")]
-    features, boxes, *size = load_h5(path, *keys)
+    features, boxes, *size = take_h5(h5, path, *keys)
     boxes, size = numbers(boxes, where, (2,)), np.stack([numbers(x, where, (0,)) for x in size * 2])
     if boxes.shape[1] != 4 or not (size > 0).all():
         raise InputError(f"{where}: boxes (n,4) in pixels, img_w and img_h are needed; extract it again")
@@ -1014,7 +1030,8 @@ def _join(raw, max_length, standardize, notes):
         raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; drop those rows")
     label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
     if label.dtype.kind == "i" and label.size and label.min() < 0:
-        raise InputError(f"{first['where']}: class {label.min()} of a label; integers are classes, from 0, and scores are floats")
+        raise InputError(f"{first['where']}: class {label.min()} of a label; integers are classes, from 0, "
+                         "and scores are floats")
     sizes = [len(part["label"]) for part in raw.values()]
     return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
 
@@ -1086,14 +1103,15 @@ def _take(part, where, split, *names):
 
 
 def numbers(x, where, dims, kinds="fiu"):
-    """x as an array of real numbers with one of these counts of dimensions; float32, or int64 for integers.  Raises
-    InputError; numbers too large for float32 become infinite."""
+    """x as an array of real numbers with one of these counts of dimensions; float32, or int64 for integers.
+    Raises InputError; numbers too large for float32 become infinite."""
     try:
         x = np.asarray(x)
     except ValueError as e:                                          # rows of different lengths
         raise InputError(f"{where}: no array ({e})") from None
     if x.dtype.kind not in kinds or x.ndim not in dims:
-        raise InputError(f"{where} has type {x.dtype} and shape {x.shape}, expected numbers with {dims[0]} dimensions")
+        raise InputError(f"{where} has type {x.dtype} and shape {x.shape}, expected numbers with {dims[0]} "
+                         "dimensions")
     with np.errstate(over="ignore"):
         return x.astype(np.int64 if x.dtype.kind in "iu" else np.float32)
 
@@ -1106,8 +1124,9 @@ def load_arrays(path, *keys):
         with open(path, "rb") as f:
             file = np.load(f, allow_pickle=False)
             return {k: file[k] for k in keys if k in file} if hasattr(file, "files") else {"": file}
-    except Exception as e:                                           # numpy and zipfile raise many kinds for a damaged file
-        raise InputError(f"{path} is not a readable file of plain arrays ({type(e).__name__}: {e})".splitlines()[0]) from None
+    except Exception as e:                             # numpy and zipfile raise many kinds for a damaged file
+        why = str(e).split("\n")[0]
+        raise InputError(f"{path} is not a readable file of plain arrays ({type(e).__name__}: {why})") from None
 
 
 def _read_pickles(root, source, fold):
@@ -1159,7 +1178,9 @@ def _read_iemocap(root, source, fold):
         keys = [k.decode("latin1") if isinstance(k, bytes) else str(k) for k in keys.reshape(-1)]
         raw[split] = part = {"label": numbers(label, labels, (2,)).argmax(1), "where": labels}
         for m, path in files.items():
-            rows = [numbers(x, f"{path}, {k}", (2,))[:longest[m]] for k, x in zip(keys, load_h5(path, *keys))]
+            with open_h5(path) as h5:
+                arrays = take_h5(h5, path, *keys)
+            rows = [numbers(x, f"{path}, {k}", (2,))[:longest[m]] for k, x in zip(keys, arrays)]
             if len({x.shape[1] for x in rows}) > 1:
                 raise InputError(f"{path}: the utterances of {names} have several dimensions")
             part[m] = np.array([np.pad(x, ((0, longest[m] - len(x)), (0, 0))) for x in rows], np.float32)
@@ -1177,7 +1198,8 @@ def _read_npz(path, fold):
     if "split" not in data:
         which = numbers(which, f"{path}: fold", (1,), "iu")
     if which.shape != label.shape or not label.size:
-        raise InputError(f"{path}: split or fold has {which.size} entries, expected {len(label)}, one per label")
+        raise InputError(f"{path}: split or fold has {which.size} entries, expected {len(label)}, one per "
+                         "label")
     if "split" in data:
         rows = {k: np.isin(which.astype(str), names) for k, names in
                 (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
@@ -1189,7 +1211,8 @@ def _read_npz(path, fold):
                 "valid": which == (fold + 1) % folds, "test": which == fold}
     for m in MODALITIES:
         if np.shape(_take(data, path, "the file", m))[:1] != label.shape:
-            raise InputError(f"{path}: {m} has shape {data[m].shape}, expected {len(label)} rows, one per label")
+            raise InputError(f"{path}: {m} has shape {data[m].shape}, expected {len(label)} rows, one per "
+                             "label")
     return {split: {**{m: data[m][keep] for m in MODALITIES}, "label": label[keep], "where": path}
             for split, keep in rows.items()}
 
@@ -1652,21 +1675,23 @@ def _coin_file(path, task, root, count):
             text, answer = (field(turn, "value", str, where) for turn in (turns + [None, None])[:2])
         else:                                                        # test file
             text = field(row, "text", str, where)
-            answer = field(row, "answer_bbox" if "answer_bbox" in row else "answer", (str, int, float, list), where)
+            key = "answer_bbox" if "answer_bbox" in row else "answer"
+            answer = field(row, key, (str, int, float, list), where)
         name = next((row[k] for k in ("id", "question_id") if k in row), i)
         name = field({"id": name}, "id", (str, int), where)
         sample = {"id": name, "text": text.replace("<image>", "").strip(), "answer": str(answer).strip(),
                   "kind": _RULES[task], "image": None, "pad": True}
         several = row.get("answers")                                 # ten annotators, where the file has them
         if several:
-            several = several if isinstance(several, list) else [several]          # a word is one answer, not its letters
+            # a word is one answer, not its letters
+            several = several if isinstance(several, list) else [several]
             several = [a if isinstance(a, dict) else {"answer": a} for a in several]
             sample["answers"] = [field(a, "answer", str, where) for a in several]
         if task == "REC" and parse_box(answer) is None:
             count["boxes that cannot be parsed, left out"] += 1
             continue
         if row.get("image"):
-            sample["image"] = str(inside(root, row["image"], where))
+            sample["image"] = str(inside(root, field(row, "image", str, where), where))
             problem = picture_problem(sample["image"])
             if problem:
                 count[f"pictures {problem}, samples left out"] += 1
@@ -1729,7 +1754,7 @@ def describe_mini_coin(path=None, columns=8, seed=0):
     row of pictures a task below its line; a question without a picture leaves a gap."""
     from PIL import Image, ImageDraw
     rng, lines = random.Random(seed), []
-    width, height = 104, 122                                         # a picture of 96 pixels and its line of text
+    width, height = 104, 122                                     # a picture of 96 pixels and its line of text
     sheet = Image.new("RGB", (columns * width, len(COIN) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, task in enumerate(COIN):
