@@ -321,7 +321,7 @@ def atomic(path, mode="w"):
         with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())                                     # on the disk before it takes the old file's name
+            os.fsync(f.fileno())                             # on the disk before it takes the old file's name
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -450,8 +450,9 @@ def from_pretrained(cls, name, flag, **more):
     try:
         return cls.from_pretrained(name, **more)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as e:
-        raise InputError(f"{flag} {name}: cannot be loaded ({(str(e).strip() or 'empty').splitlines()[0][:160]}); give a Hugging Face "
-                         "id (needs the network once) or a folder written by save_pretrained") from None
+        why = (str(e).strip() or "empty").splitlines()[0][:160]
+        raise InputError(f"{flag} {name}: cannot be loaded ({why}); give a Hugging Face id (needs the network once) or a "
+                         "folder written by save_pretrained") from None
 
 
 @contextlib.contextmanager
@@ -629,8 +630,8 @@ def leave_processes():
 
 
 def mine(batch):
-    """This process's share of a batch (a list or tensor), and its weight in the batch's mean.  A share is never empty:
-    a sample of weight 0 keeps all processes in step."""
+    """This process's share of a batch (a list or tensor), and its weight in the batch's mean.  A share is never
+    empty: a sample of weight 0 keeps all processes in step."""
     own = batch[RANK::PROCESSES]
     return (own, len(own) / len(batch)) if len(own) else (batch[:1], 0.0)
 
@@ -710,7 +711,8 @@ class FeatureFile:
 
     def _list(self):
         for index in self.folder.glob("*.keys"):
-            path, lines = index.with_suffix(".f16"), index.read_text().split("\n")[:-1]   # a half-written line is none
+            path = index.with_suffix(".f16")
+            lines = index.read_text().split("\n")[:-1]               # a half-written line is none
             if len(lines) > 1:
                 self.shape = tuple(map(int, lines[0].split()))       # of one row
                 whole = path.stat().st_size // (2 * math.prod(self.shape))
@@ -733,8 +735,8 @@ class FeatureFile:
         import torch
         from tqdm import tqdm
         workers = min(8, os.cpu_count() or 1) if len(todo) > 500 and hasattr(os, "fork") else 0
-        loader = torch.utils.data.DataLoader(_Decoded([items[key] for key in todo], decode), batch, num_workers=workers,
-                                             collate_fn=list, multiprocessing_context="fork" if workers else None)
+        loader = torch.utils.data.DataLoader(_Decoded([items[key] for key in todo], decode), batch, collate_fn=list,
+                                             num_workers=workers, multiprocessing_context="fork" if workers else None)
         path = self.folder / f"{os.getpid()}-{time.time_ns()}.f16"
         with open(path, "wb") as rows, open(path.with_suffix(".keys"), "w") as index, \
                 tqdm(total=len(todo), unit="item", desc="features", leave=False, mininterval=1, disable=quiet) as bar:
@@ -745,10 +747,13 @@ class FeatureFile:
                 features = compute(decoded).half().cpu().numpy()     # (B,...)
                 keys = todo[i * batch:(i + 1) * batch]
                 if not np.isfinite(features).all():
-                    raise InputError(f"features that are not finite, of one of {items[keys[0]]} and the next {len(keys) - 1}")
+                    raise InputError(f"features that are not finite, of one of {items[keys[0]]} and the next "
+                                     f"{len(keys) - 1}")
+                if i == 0:                                           # first line: the shape of a row
+                    index.write(" ".join(map(str, features.shape[1:])) + "\n")
                 rows.write(features.tobytes())
                 rows.flush()                                         # rows first: a key never lacks its row
-                index.write("".join(f"{line}\n" for line in ([] if i else [" ".join(map(str, features.shape[1:]))]) + keys))
+                index.writelines(key + "\n" for key in keys)
                 index.flush()
                 bar.update(len(keys))
 
@@ -765,7 +770,8 @@ class FeatureFile:
 
 
 class _Decoded:
-    """A data set for torch's DataLoader.  An InputError travels as a value: the loader would wrap it in a traceback."""
+    """A data set for torch's DataLoader.  An InputError travels as a value: the loader would wrap it in a
+    traceback."""
 
     def __init__(self, items, decode):
         self.items, self.decode = items, decode
@@ -842,7 +848,7 @@ class Run:
         # the cursor: task, part of it (a subtask), epochs done, was the task begun, best epoch, optimiser
         self.stage, self.part, self.epoch, self.begun, self.best, self.optimizer = 0, 0, 0, False, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".*.part") if not RANK else ():         # half-written files of a killed run
+        for part in self.folder.glob(".*.part") if not RANK else ():      # half-written files of a killed run
             part.unlink()
         self.state = self._load() if resume else None
         if self.state is None and not RANK:
@@ -1197,7 +1203,7 @@ class Table:
                 if self.reference(label) in (None, label) or not both:
                     cells.append("-")
                     continue
-                first = {job[0] for job in both}                     # folds: their seeds share test data, so each counts once
+                first = {job[0] for job in both}     # folds: their seeds share test data, so each counts once
                 units = [[job for job in both if job[0] == x] for x in first] if len(first) > 1 else [[job] for job in both]
                 d = row["against"][k] = paired(*([np.mean([x[job]["metrics"][k] for job in unit]) for unit in units]
                                                  for x in (runs, ref)))
@@ -1239,7 +1245,8 @@ weight = _number(float, lambda x: 0 <= x <= 1e6, "a number from 0 to a million")
 share = _number(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
 YES_NO = argparse.BooleanOptionalAction
 # What does not decide a run's outcome: where it is written, where it is computed, what else is run.
-FREE = {"out", "resume", "checkpoint_minutes", "quiet", "seeds", "folds", "device", "table", "rows", "bench", "pretrain"}
+FREE = {"out", "resume", "checkpoint_minutes", "quiet", "seeds", "folds", "device", "table", "rows", "bench",
+        "pretrain"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1366,7 +1373,8 @@ def run_cli(main):
                           "--out; --resume goes on from the last checkpoint"))
         raise
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory|storage size|overflow", str(e)):
+        full = "out of memory|can't allocate memory|not enough memory|storage size|overflow"
+        if isinstance(e, MemoryError) or re.search(full, str(e)):
             sys.exit(_say("error: not enough memory on the device; use a smaller --batch, --dtype bf16, or --device "
                           "cpu; --resume goes on from the last checkpoint"))
         raise
@@ -1374,7 +1382,7 @@ def run_cli(main):
 
 def _say(line):
     from tqdm import tqdm
-    for bar in [*getattr(tqdm, "_instances", ())]:                   # an open progress bar would share the line
+    for bar in [*getattr(tqdm, "_instances", ())]:                 # an open progress bar would share the line
         bar.close()
     print(line, file=sys.stderr)
     return 2

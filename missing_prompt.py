@@ -87,15 +87,15 @@ class MissingPrompts(nn.Module):
         # What is trained.  Prompts start small; a key multiplies them, so "available" starts near one, which
         # leaves a prompt as it is, and "missing" elsewhere, which makes the cases differ from the first step.
         T, M, groups = len(patterns), len(MODALITIES), 1 if keys == "shared" else len(MODALITIES)
-        aware = "TA" in self.plan                                # P_M is also what task-aware prompts are made of
+        aware = "TA" in self.plan                            # P_M is also what task-aware prompts are made of
         normal = lambda used, spread, *shape: nn.Parameter(spread * torch.randn(*shape)) if used else None
-        self.P_M = normal(aware or "MS" in self.plan, init, M, length, width)                          # (M,L,D)
+        self.P_M = normal(aware or "MS" in self.plan, init, M, length, width)                        # (M,L,D)
         own = (M, length, width) if specific == "modality" else (length, width)
-        self.P_S = normal("TS" in self.plan, init, T, *own)                                       # (T,[M,]L,D)
-        self.k_miss = normal(aware, 0.5, groups, width)                                                # (1|M,D)
-        self.k_avail = nn.Parameter(1 + 0.1 * torch.randn(groups, width)) if aware else None           # (1|M,D)
+        self.P_S = normal("TS" in self.plan, init, T, *own)                                      # (T,[M,]L,D)
+        self.k_miss = normal(aware, 0.5, groups, width)                                              # (1|M,D)
+        self.k_avail = nn.Parameter(1 + 0.1 * torch.randn(groups, width)) if aware else None         # (1|M,D)
         missing = torch.tensor([[float(m not in p) for m in MODALITIES] for p in patterns])
-        self.register_buffer("missing", missing, persistent=False)               # (T,M) e_m(t) = 1: m is missing
+        self.register_buffer("missing", missing, persistent=False)            # (T,M) e_m(t) = 1: m is missing
 
     def modality(self, m):
         """P^m (L,D), m a name or an index: the same in all tasks.                                    Eq. 1"""
@@ -551,7 +551,7 @@ class Joint(Method):
 
 class ER(Method):
     """Experience replay (Chaudhry et al. 2019b): a second batch in every step, from a reservoir of the past."""
-    buffered, lr, every_epoch = True, 1e-3, False                    # is a sample offered once, or in every epoch?
+    buffered, lr, every_epoch = True, 1e-3, False               # is a sample offered once, or in every epoch?
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
@@ -772,7 +772,7 @@ class Prompted(Method):
         known = self.known[b.task]
         new = b.rows[known[b.rows, 0].isnan()]
         if len(new):
-            with torch.autocast(new.device.type, enabled=False):     # bf16 would take near keys for each other
+            with torch.autocast(new.device.type, enabled=False):    # bf16 would take near keys for each other
                 known[new] = F.normalize(self.net.encode(self.store.batch(new, b.task).x), dim=-1)
         return known[b.rows]
 
@@ -827,7 +827,7 @@ class DualPrompt(Prompted):
 
     def forward(self, b):
         # Training knows its task, test does not.
-        expert = self.expert[b.task][None] if self.training else self.expert[self.chosen(b)]       # (1|B,2,L,D)
+        expert = self.expert[b.task][None] if self.training else self.expert[self.chosen(b)]     # (1|B,2,L,D)
         g = dict.fromkeys(MODALITIES, Prefix(self.general[None, 0], self.general[None, 1]))
         e = dict.fromkeys(MODALITIES, Prefix(expert[:, 0], expert[:, 1]))
         return self.net(b.x, [g, g] + [e] * (self.net.layers - 2))
@@ -1045,7 +1045,7 @@ def finish(args, stream, method, run):
     values = {"AA": float(np.mean(A[-1]))}
     if not method.one_stage:
         values |= {"FM_max": metrics.forgetting(A), "FM_diag": metrics.forgetting(A, "own")}
-    if hasattr(method, "chosen"):                                    # how often the task's own prompt is found
+    if hasattr(method, "chosen"):                                   # how often the task's own prompt is found
         rows, tasks = utterances(stream.tasks, args.split, args.device)
         right = [method.chosen(method.store.batch(rows[tasks == t], t)) == t for t in tasks.unique().tolist()]
         values["right_prompt"] = 100 * float(torch.cat(right).float().mean())
