@@ -5,8 +5,9 @@ Official  github.com/xli04/CVQA @ 338c19b (read for the list of differences; not
 Run       python mmprompt.py --setting CI            python mmprompt.py --help
 
 Idea.  A question and a picture each pick prompts from their own pool.  Isolated, the stronger modality wins.
-So (1) let each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt tokens and
-recover them from their own and from the other modality's prompts (Eq. 4-10) before they enter a frozen encoder.
+So (1) let each modality's query look at the other before it picks (Eq. 1-3), and (2) hide a few prompt
+tokens and recover them from their own and from the other modality's prompts (Eq. 4-10) before they enter a
+frozen encoder.
 
 Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L tokens of a prompt · D width
           Nq Nv tokens of question and picture · H heads.  M is a modality, Q or V, and M' the other one.
@@ -50,8 +51,10 @@ from metrics import YES_NO, above_zero, check_shared, natural, positive, share, 
 # `nn` and `F`, this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for
 # question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
-START = 0.03       # the outputs of attention modules start small, so that queries and prompts start almost unchanged
-SPREAD = 0.2       # of a prompt's numbers at its start; T5 normalises what it reads: only spread against rate counts
+# The outputs of attention modules start small, so that queries and prompts start almost unchanged.
+START = 0.03
+# Of a prompt's numbers at its start; T5 normalises what it reads: only spread against rate counts.
+SPREAD = 0.2
 
 
 def masked_mean(x, mask):
@@ -78,7 +81,7 @@ class Attention(nn.MultiheadAttention):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, batch_first=True)
-        with torch.no_grad():                                        # what it is added to hardly changes at first
+        with torch.no_grad():                                    # what it is added to hardly changes at first
             self.out_proj.weight.mul_(START)
 
     def forward(self, query, key, value, mask=None):
@@ -100,7 +103,7 @@ class SelfAttention(nn.TransformerEncoderLayer):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, hidden, dropout=0.0, batch_first=True, norm_first=True)
-        with torch.no_grad():                                        # both branches are added to x: nearly x at first
+        with torch.no_grad():                                # both branches are added to x: nearly x at first
             self.self_attn.out_proj.weight.mul_(START)
             self.linear2.weight.mul_(START)
             self.linear2.bias.zero_()
@@ -298,7 +301,7 @@ class MMPrompt(nn.Module):
     freeze_query: Eq. 1 learns in the first task only, so that old questions keep their prompts.
     temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
-    lr, lr_attention = 5e-3, 5e-5                  # prompts and keys, attention modules; searched on another seed
+    lr, lr_attention = 5e-3, 5e-5              # prompts and keys, attention modules; searched on another seed
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5,
                  pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
@@ -432,7 +435,7 @@ class VQABackbone(nn.Module):
         modality "v" hides the question tokens and question prompts, "q" the picture's (Eq. 12-13); "joint"
         nothing.
         """
-        with torch.autocast(F_v.device.type, enabled=False):         # prompts stay in full precision, and are faster so
+        with torch.autocast(F_v.device.type, enabled=False):         # prompts stay in full precision
             full = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (F_q, F_v)]
             out = method(*full, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
         place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}            # block -> (B,P,D)
@@ -477,7 +480,8 @@ class VQABackbone(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-# ---- pictures: each of these returns load(B images) -> features (B,Nv,f), boxes (B,Nv,4), how many are real (B)
+# ---- pictures: each of these returns load(B images) -> features (B,Nv,f), boxes (B,Nv,4), the count of real
+# ones (B)
 
 
 def padded(rows):
@@ -489,7 +493,7 @@ def padded(rows):
 def world_regions(regions):
     """Regions of the built-in world: the crops' pixels in [-1,1] are the feature, f = 768."""
     pixels, boxes, valid = regions                                   # (S,6,16,16,3) uint8, (S,6,4), (S,6)
-    flat, boxes, count = torch.from_numpy(pixels).flatten(2), torch.from_numpy(boxes), torch.from_numpy(valid.sum(1))
+    flat, boxes, count = map(torch.from_numpy, (pixels.reshape(*pixels.shape[:2], -1), boxes, valid.sum(1)))
 
     def load(rows):
         most = int(count[rows].max())                                # Nv
@@ -536,14 +540,15 @@ def grid_features(name, root, images, device, cells=6):
 
 
 def kept_features(what, model, root, images, look, average, boxes):
-    """Every picture is looked at once, before training; what was seen lies in the cache's memory-mapped file."""
+    """Every picture is looked at once, before training; what was seen lies in the cache."""
     paths = {image: data.inside(root, image) for image in images}
     keys = {image: metrics.file_key(path) for image, path in paths.items()}
     kept = metrics.FeatureFile("pictures", [what, model, inspect.getsource(grid_features), data.REGION_PIXELS])
-    kept.fill({keys[image]: path for image, path in paths.items()}, lambda path: look(data.open_picture(path)), average)
+    decode = lambda path: look(data.open_picture(path))
+    kept.fill({keys[image]: path for image, path in paths.items()}, decode, average)
 
     def load(batch):
-        features = kept.read([keys[image] for image in batch])                                   # (B,Nv,f) half
+        features = kept.read([keys[image] for image in batch])                                 # (B,Nv,f) half
         return features, boxes.expand(len(batch), -1, -1), torch.full((len(batch),), len(boxes))
     return load
 
@@ -572,8 +577,13 @@ def load_backbone(args, stream):
     if args.features:
         pictures, visual = file_regions(args.features), None
     elif pictures is None:
-        images = {s.image: None for t in stream.tasks for part in (t.train, t.val, t.test) for s in part}  # in order, once
-        pictures = picture_regions(root, images) if small else grid_features(args.vision, root, images, args.device)
+        # each picture once, in the order of the stream
+        splits = (part for task in stream.tasks for part in (task.train, task.val, task.test))
+        images = dict.fromkeys(s.image for part in splits for s in part)
+        if small:
+            pictures = picture_regions(root, images)
+        else:
+            pictures = grid_features(args.vision, root, images, args.device)
     args.train_vision = args.train_vision or ("never" if visual is not None else "first")
     if visual is None:                                          # width of the features: ask the first picture
         width = pictures([stream.tasks[0].train[0].image])[0].shape[-1]
@@ -836,8 +846,10 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     def read(i):
         batch = order[i:i + args.batch] + rng.sample(memory, min(args.batch, len(memory)))
         answers = [draw_answer(rng, s.answers) for s in batch]
-        (rows, weight), words = metrics.mine([*range(len(batch))]), backbone.tokens(answers, backbone.max_answer)[1].sum(1)
-        parts = weight and float(words[rows].sum() / words.sum()), weight    # of all answer tokens, of all samples
+        rows, weight = metrics.mine([*range(len(batch))])
+        words = backbone.tokens(answers, backbone.max_answer)[1].sum(1)
+        # this process's part of all answer tokens, and of all samples
+        parts = weight and float(words[rows].sum() / words.sum()), weight
         return backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
     for step, (batch, parts) in enumerate(metrics.ahead(read, bar)):
@@ -859,8 +871,8 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
 
 
 def batch_loss(args, backbone, method, batch, parts=(1.0, 1.0)):
-    """Eq. 11 on a batch of backbone.read(): prompts in, answer out.  parts: this process's share of the answer tokens
-    and of the samples, which cross-entropy and the other losses are means of."""
+    """Eq. 11 on a batch of backbone.read(): prompts in, answer out.  parts: this process's share of the
+    answer tokens and of the samples, which cross-entropy and the other losses are means of."""
     with precision(args):
         hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
         ce = backbone.loss(hidden, mask, batch)
@@ -896,7 +908,7 @@ def evaluate(args, backbone, method, samples, modality=None):
     """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction
     depends on its own sample alone.  modality: what the encoder sees, default --modality."""
     method.eval()
-    own, told = metrics.mine(samples)[0], []                         # of each sample: score, F1, chosen prompts
+    own, told = metrics.mine(samples)[0], []                       # of each sample: score, F1, chosen prompts
     parts = [own[i:i + args.eval_batch] for i in range(0, len(own), args.eval_batch)]
     for part, batch in zip(parts, metrics.ahead(backbone.read, parts)):
         with precision(args):
@@ -905,7 +917,8 @@ def evaluate(args, backbone, method, samples, modality=None):
         picks = {pool: numbers.tolist() for pool, numbers in out.chosen.items()}
         for b, (s, answer) in enumerate(zip(part, answers)):
             f1 = max(metrics.token_f1(answer, truth) for truth in set(s.answers))
-            told.append((metrics.vqa_accuracy(answer, s.answers), f1, {pool: rows[b] for pool, rows in picks.items()}))
+            chosen = {pool: rows[b] for pool, rows in picks.items()}
+            told.append((metrics.vqa_accuracy(answer, s.answers), f1, chosen))
     scores, f1s, chosen = zip(*metrics.gathered(told, len(samples)))
     count = {pool: Counter(n for one in chosen for n in one[pool]) for pool in chosen[0]}
     return {"score": 100 * sum(scores) / len(samples), "f1": 100 * sum(f1s) / len(samples),
@@ -919,7 +932,8 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream).to(args.device)
-    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes)
+    run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet,
+                      args.checkpoint_minutes)
     count = announce(args, stream, backbone, method, run)
 
     run.restore(**may_change(args, backbone, method))                # what a killed run had learned
@@ -1111,8 +1125,8 @@ def bench(args):
 
 
 def bench_data(args, batch, pictures, questions):
-    """The data path without the models: pictures decoded and averaged to 36 cells of 768 numbers in one pass, then
-    batches of features and tokens.  Memory is noted after a tenth of the pictures and after all."""
+    """The data path without the models: one pass that decodes pictures, then batches of features (36 cells of 768
+    numbers) and tokens.  Memory is noted with a tenth of the pictures and with all."""
     from PIL import Image
     coarse = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
     with tempfile.TemporaryDirectory() as root:
@@ -1121,14 +1135,15 @@ def bench_data(args, batch, pictures, questions):
         for i in range(1, pictures):
             shutil.copyfile(f"{root}/0.jpg", f"{root}/{i}.jpg")
         names, rates, memory = [f"{i}.jpg" for i in range(pictures)], [], []
-        look = lambda picture: torch.from_numpy(np.asarray(picture.resize((224, 224))))          # (224,224,3) uint8
+        look = lambda picture: torch.from_numpy(np.asarray(picture.resize((224, 224))))    # (224,224,3) uint8
         cells = lambda batch: torch.zeros(len(batch), 36, 768)       # where a model would be
         for done, n in ((0, pictures // 10), (pictures // 10, pictures)):
             start = time.time()
             load = kept_features("bench", "", root, names[:n], look, cells, torch.zeros(36, 4))
             rates.append((n - done) / (time.time() - start))
             backbone = VQABackbone(load_small(0)[0], mini_tokenizer(), None, load).to(args.device)
-            samples = [data.Sample(i, names[i % n], f"what is at {i % 977} ?", ("cat",), "", "") for i in range(questions)]
+            samples = [data.Sample(i, names[i % n], f"what is at {i % 977} ?", ("cat",), "", "")
+                       for i in range(questions)]
             parts, start = [samples[i:i + batch] for i in range(0, questions, batch)], time.time()
             for _ in metrics.ahead(lambda part: backbone.read(part, ["cat"] * len(part)), parts):
                 pass
