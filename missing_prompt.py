@@ -625,7 +625,7 @@ class AGEM(ER):
         for p in parameters:
             p.grad = None
         self.store.loss(self(self.old), self.old.y).backward()
-        ref = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+        ref = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
         # g <- g - (g . g_ref / g_ref . g_ref) g_ref   where g . g_ref < 0
         g = project_away(g, torch.cat(ref))
         for p, part in zip(parameters, g.split([p.numel() for p in parameters])):
@@ -660,7 +660,7 @@ class Distilling(Method):
 
 
 class ICaRL(Distilling):
-    """iCaRL (Rebuffi et al. 2017): herded exemplars of every task, distillation from the model before the task.
+    """iCaRL (Rebuffi et al. 2017): herded exemplars of every task; on them, distillation from the model before.
 
     Its nearest-mean classifier has no meaning for a sentiment score; prediction stays the head's.
     """
@@ -803,7 +803,8 @@ class L2P(Prompted):
 
 
 class DualPrompt(Prompted):
-    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own, found by its key, in 3-5.
+    """DualPrompt (Wang et al. 2022b): a general prefix in layers 1-2, a task's own, found by its key, in 3-5;
+    each of these layers has its own.
 
     A key starts at the mean query of its task: from a random start it would travel further than its steps allow.
     """
@@ -812,8 +813,10 @@ class DualPrompt(Prompted):
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
         T, D = len(PATTERNS), net.width
-        self.general = nn.Parameter(0.02 * torch.randn(2, 5, D))                        # prefix: keys, values
-        self.expert = nn.Parameter(0.02 * torch.randn(T, 2, args.length, D))
+        if net.layers < 3:
+            raise ValueError(f"DualPrompt needs three layers at least, not --layers {net.layers}")
+        self.general = nn.Parameter(0.02 * torch.randn(2, 2, 5, D))             # layers; prefix: keys, values
+        self.expert = nn.Parameter(0.02 * torch.randn(net.layers - 2, T, 2, args.length, D))
         self.keys = nn.Parameter(torch.zeros(T, net.features))
         self.register_buffer("learned", torch.zeros(T, dtype=torch.bool))
 
@@ -827,10 +830,9 @@ class DualPrompt(Prompted):
 
     def forward(self, b):
         # Training knows its task, test does not.
-        expert = self.expert[b.task][None] if self.training else self.expert[self.chosen(b)]     # (1|B,2,L,D)
-        g = dict.fromkeys(MODALITIES, Prefix(self.general[None, 0], self.general[None, 1]))
-        e = dict.fromkeys(MODALITIES, Prefix(expert[:, 0], expert[:, 1]))
-        return self.net(b.x, [g, g] + [e] * (self.net.layers - 2))
+        task = [b.task] if self.training else self.chosen(b)
+        pairs = [*self.general[:, None], *self.expert[:, task]]               # of each layer (1|B,2,L,D)
+        return self.net(b.x, [dict.fromkeys(MODALITIES, Prefix(*pair.unbind(1))) for pair in pairs])
 
     def loss(self, b):
         return super().loss(b) + self.weight * (1 - self.match(b)[:, b.task]).mean()
@@ -1014,6 +1016,7 @@ def run(args, folder):
         if run.fresh:                                                # a killed run may have begun it
             method.begin_task(t, rows)
         learn_task(args, backbone, method, lesson, run)
+        method.eval()                                    # a resumed run may have had no epoch left to learn
         method.end_task(t, rows)
         seen = stream.tasks if method.one_stage else stream.tasks[:stage + 1]
         run.kept["last"] = [evaluate(args, backbone, method, getattr(task, args.split)) for task in seen]

@@ -77,12 +77,12 @@ class Attention(nn.MultiheadAttention):
     forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
     """
 
-    def __init__(self, d_model, n_heads):
+    def __init__(self, d_model, n_heads, start=1.0):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, batch_first=True)
-        with torch.no_grad():                                    # what it is added to hardly changes at first
-            self.out_proj.weight.mul_(START)
+        with torch.no_grad():
+            self.out_proj.weight.mul_(start)
 
     def forward(self, query, key, value, mask=None):
         # Where to look must not depend on how long the vectors are: tokens of length 0.2 would all get the
@@ -123,7 +123,7 @@ class CrossModalQuery(nn.Module):
             raise ValueError(f"no query fusion {fusion!r}")
         self.fusion = fusion
         if fusion in ("query", "cross-attention"):
-            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads, QSTART) for M in "QV"})
         if fusion == "query":                                        # w "initialised uniformly": all ones
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
@@ -204,7 +204,7 @@ class CrossModalRecovery(nn.Module):
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
-            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads, START) for M in "QV"})
         if fusion == "recovery" and use_inter:                     # A' has "twice the feed-forward dimension"
             self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
             self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
@@ -436,7 +436,10 @@ class VQABackbone(nn.Module):
         nothing.
         """
         with torch.autocast(F_v.device.type, enabled=False):         # prompts stay in full precision
+            # at unit length a feature, as T5's first layer norm makes them: else the modality with the longer
+            # tokens decides every query that looks at both
             full = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (F_q, F_v)]
+            full = [F.rms_norm(x, x.shape[-1:]) for x in full]
             out = method(*full, q_mask, v_mask) if method is not None else Prompts({}, {}, {})
         place = {i: p for G, p in out.prompts.items() for i in method.layers[G]}            # block -> (B,P,D)
         if modality != "joint":                                      # queries saw both, the encoder sees one
@@ -666,7 +669,7 @@ class L2P(Method):
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        q["QV"] = (q["Q"] + q["V"]) / 2
+        q["QV"] = F.normalize(q["Q"], dim=-1) + F.normalize(q["V"], dim=-1)    # each counts as much as the other
         prompts, pull, chosen = [], 0, {}
         for M, pool in self.pools.items():
             _, qk, chosen[M] = pool(q[M])

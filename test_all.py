@@ -2134,11 +2134,15 @@ def test_missing_l2p_dualprompt_sprompts_select_per_sample():
         learner.keys[4], learner.keys[2] = learner.query(b)[0], learner.query(b)[0]        # 2 is nearer too, but not learned
     before = learner(b)
     with torch.no_grad():
-        learner.expert[2] += 1
+        learner.expert[:, 2] += 1
     assert torch.equal(before, learner(b))
-    with torch.no_grad():
-        learner.expert[4] += torch.randn_like(learner.expert[4])
-    assert not torch.equal(before[0], learner(b)[0])
+    for layer in range(len(learner.expert)):                         # each layer reads its own
+        was = learner(b)
+        with torch.no_grad():
+            learner.expert[layer, 4] += torch.randn_like(learner.expert[layer, 4])
+        assert not torch.equal(was[0], learner(b)[0])
+    with pytest.raises(ValueError, match="three layers"):
+        missing_learner("dualprompt", "--layers", "2", "--fusion-layers", "1")
 
     learner, _ = missing_learner("sprompts")
     learner.eval()
@@ -2368,7 +2372,7 @@ def test_missing_reads_npz(tmp_path):
 # runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["prompts", "derpp"])
+@pytest.mark.parametrize("method", ["prompts", "derpp", "ewc", "icarl"])
 def test_missing_resume_gives_the_same_matrix(tmp_path, monkeypatch, method):
     a = missing_args("--method", method)
     whole = mp.run(a, tmp_path / "whole")
@@ -2377,10 +2381,10 @@ def test_missing_resume_gives_the_same_matrix(tmp_path, monkeypatch, method):
 
     def stop(self):
         real(self)
-        if next(calls) in (4, 12):                                   # in the middle of task 2, after task 4
+        if next(calls) in (4, 5, 12):                # in the middle of task 2, after its last epoch, after task 4
             raise KeyboardInterrupt
     monkeypatch.setattr(metrics.Run, "checkpoint", stop)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             mp.run(a, tmp_path / "parts")
     parts = mp.run(a, tmp_path / "parts")
