@@ -849,7 +849,8 @@ class Run:
         self.stage, self.part, self.epoch, self.begun, self.best, self.optimizer = 0, 0, 0, False, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".*.part") if not RANK else ():      # half-written files of a killed run
-            part.unlink()
+            if time.time() - part.stat().st_mtime > 600:                  # a younger one may be another run's
+                part.unlink(missing_ok=True)
         self.state = self._load() if resume else None
         if self.state is None and not RANK:
             self._make_room()
@@ -1310,6 +1311,11 @@ def settle_shared(args):
         raise InputError(f"--device is cuda, cuda:<n>, mps or cpu, not {args.device!r}") from None
     if {"cuda": not cuda, "mps": not mps}.get(kind):
         raise InputError(f"--device {args.device}: there is none on this machine; use --device cpu")
+    if kind == "cuda":
+        number = torch.device(args.device).index or 0
+        if number >= torch.cuda.device_count():
+            raise InputError(f"--device {args.device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+        torch.cuda.set_device(number)                # memory, waiting and random numbers are asked of this one
     if args.backbone_seed is None:
         args.backbone_seed = args.seed % SHIPPED
     join_processes(args)

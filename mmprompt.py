@@ -724,6 +724,8 @@ class CODAPrompt(Method):
         super().__init__()
         self.layers, self.weights, self.tasks, self.pools = layers, {"ortho": ortho}, tasks, nn.ModuleDict()
         for name, n in pool_sizes.items():
+            if n < tasks:
+                raise ValueError(f"CODA-Prompt gives each task its share of a pool: --pool-sizes {n} is less than {tasks}")
             shapes = {"prompts": (n, length, d_model), "key": (n, d_model), "attend": (n, d_model)}
             self.pools[name] = nn.ParameterDict({k: torch.empty(shape) for k, shape in shapes.items()})
             for p in self.pools[name].values():
@@ -733,8 +735,7 @@ class CODAPrompt(Method):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
         p, penalty, t = {}, 0, self.t
         for name, pool in self.pools.items():
-            each = len(pool["key"]) // self.tasks                    # components per task
-            old, now = t * each, (t + 1) * each
+            old, now = (i * len(pool["key"]) // self.tasks for i in (t, t + 1))        # this task's share
             use = {k: torch.cat([x[:old].detach(), x[old:now]]) for k, x in pool.items()}
             a = F.cosine_similarity(q[name[0]][:, None] * use["attend"], use["key"][None], dim=-1)   # (B,m)
             p[name] = torch.einsum("bm,mld->bld", a, use["prompts"])                             # (B,L,D)
@@ -1206,6 +1207,8 @@ def parse_args(argv=None):
     args.options = {}                                         # arguments of the method's class without a flag
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
+    if {*args.layers_g} & {*args.layers_e}:
+        raise InputError("--layers-g and --layers-e name the same block: each block carries one kind of prompts")
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
     return args
 

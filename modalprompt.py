@@ -725,8 +725,10 @@ class CODAPrompt(Method):
         t = len(self.P)
         n = (t + 1) * self.pool // self.tasks - t * self.pool // self.tasks
         self.P.append(nn.Parameter(vocabulary_rows(token_embeddings, (n, self.length), generator)))
-        for bank in (self.K, self.A):
-            start = torch.empty(n, self.guidance_width).uniform_(0, 1)
+        for bank in (self.K, self.A):                            # unit rows, orthogonal to those before
+            new = torch.randn(n, self.guidance_width, generator=generator)
+            rows = torch.cat([*(x.detach().cpu() for x in bank), new])
+            start = torch.linalg.qr(rows.T).Q.T[-n:]                                    # (n,D_clip)
             bank.append(nn.Parameter(start.to(token_embeddings.device)))
 
     def banks(self):

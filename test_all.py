@@ -134,8 +134,10 @@ def test_paired_sign_flip_by_enumeration():
 
 def test_half_written_files_of_a_killed_run_go(tmp_path):
     (tmp_path / ".checkpoint.pt.99.part").write_text("half")
+    os.utime(tmp_path / ".checkpoint.pt.99.part", (0, 0))
+    (tmp_path / ".results.json.98.part").write_text("another run is writing this")
     metrics.Run(tmp_path, {"a": 1}, ["x"], resume=True)
-    assert not [*tmp_path.glob(".*")]
+    assert [p.name for p in tmp_path.glob(".*")] == [".results.json.98.part"]
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 130), ("SIGINT", 130)])
@@ -802,6 +804,21 @@ def test_gradient_reaches_all_that_learns_and_the_frozen_stays_bit_identical(nam
         if k in frozen:
             assert torch.equal(p, frozen[k]), k
     assert all(k.startswith("visual.") for k in frozen) == (name in ("finetune", "joint"))
+
+
+def test_coda_shares_a_pool_out_to_the_last_component():
+    args = arguments("coda", pool_sizes=[7, 7, 7, 7])
+    method, own = made(args, 3), []
+    for t in range(3):
+        method.begin_task(t)
+        method.zero_grad()
+        sum(p.square().sum() for p in method(*tokens(D=16)).prompts.values()).backward()
+        own.append((method.pools["QG"]["prompts"].grad.flatten(1).abs().sum(1) > 0).nonzero()[:, 0].tolist())
+    assert own == [[0, 1], [2, 3], [4, 5, 6]]
+    with pytest.raises(InputError, match="less than 10"):
+        made(args, 10)
+    with pytest.raises(InputError, match="same block"):
+        mmprompt.parse_args(["--layers-g", "1", "2", "--layers-e", "2", "3"])
 
 
 def test_coda_old_components_freeze_and_future_ones_wait():
@@ -2759,6 +2776,8 @@ def test_modal_pool_baselines_against_loops():
         coda.begin_task(table)
     P, K, A = coda.banks()
     assert len(P) == 4 and [p.requires_grad for p in coda.P] == [False, True]
+    for bank in (K, A):                                              # orthonormal from the start, across tasks
+        torch.testing.assert_close(bank @ bank.T, torch.eye(4), atol=1e-5, rtol=0)
     prefix, _ = coda.select(x_v, x_t)
     for b in range(4):
         want = sum(modal_cos((q[b] / q[b].norm()) * A[m].detach(), K[m].detach()) * P[m] for m in range(4))
