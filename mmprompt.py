@@ -51,9 +51,10 @@ from metrics import YES_NO, above_zero, check_shared, natural, positive, share, 
 # `nn` and `F`, this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for
 # question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
-# The outputs of attention modules start small, so that queries and prompts start almost unchanged.
+# The outputs of recovery's modules start small, so that prompts start almost unchanged.
 START = 0.03
-# Of a prompt's numbers at its start; T5 normalises what it reads: only spread against rate counts.
+# Of a prompt's numbers at its start.  Against the rate it says how fast a prompt turns; against the outputs of
+# the attention modules, how much recovery changes it.
 SPREAD = 0.2
 
 
@@ -71,8 +72,8 @@ def cosines(q, keys):
 
 
 class Attention(nn.MultiheadAttention):
-    """A(query, key, value): attention of M's tokens on other tokens.  Raises ValueError unless n_heads
-    divides d_model.
+    """A(query, key, value): attention of M's tokens on other tokens.  start: of the outputs, against torch's
+    usual size.  Raises ValueError unless n_heads divides d_model.
 
     forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
     """
@@ -114,7 +115,8 @@ class CrossModalQuery(nn.Module):
 
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
     fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are Table 12's alternatives.
-    Uses OTHER, masked_mean, Attention and START of this section.
+    Bring tokens of both to one length first: longer ones would decide both queries.
+    Uses OTHER, masked_mean and Attention of this section.
     """
 
     def __init__(self, d_model, n_heads=8, fusion="query"):
@@ -123,7 +125,7 @@ class CrossModalQuery(nn.Module):
             raise ValueError(f"no query fusion {fusion!r}")
         self.fusion = fusion
         if fusion in ("query", "cross-attention"):
-            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads, QSTART) for M in "QV"})
+            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
         if fusion == "query":                                        # w "initialised uniformly": all ones
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
@@ -360,8 +362,8 @@ def total_loss(ce, losses, weights):
 
 
 class VisualEmbedding(nn.Module):
-    """Region features and boxes to tokens F^V, as VL-T5 does: a small network on the feature plus a linear
-    map of the box.
+    """Region features and boxes to tokens F^V: a small network on the feature plus a linear map of the box.
+    VL-T5's is one linear layer with a layer norm for each.
 
     forward(features (B,Nv,f), boxes (B,Nv,4) as x1 y1 x2 y2 in [0,1]) -> (B,Nv,D)
     """

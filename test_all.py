@@ -558,15 +558,39 @@ def test_eq8_gate_ends(double):
         torch.testing.assert_close(got[M], (inter[M] + layer.refine[M](inter[M])) / 2)
 
 
+def test_both_modalities_have_a_say_in_a_query_however_long_their_tokens_are():
+    """The encoder hands tokens over at unit length: each query keeps its own direction, and hears the other."""
+    torch.manual_seed(0)
+    model, given = tiny_model(), {}
+
+    def method(*x):
+        given["x"] = x
+        return mmprompt.Prompts({}, {}, {})
+    F_q, F_v, q_mask, v_mask = tokens(D=model.width)
+    model.encode(F_q, 20 * F_v, q_mask, v_mask, method)
+    for x, raw in zip(given["x"], (F_q, F_v)):
+        torch.testing.assert_close(x, raw / raw.square().mean(-1, keepdim=True).sqrt(), atol=1e-4, rtol=1e-4)
+    attend = mmprompt.CrossModalQuery(96)
+    F_q, F_v, mask = torch.randn(50, 8, 96), torch.randn(50, 8, 96), torch.ones(50, 8, dtype=torch.bool)
+    q = attend(F_q, F_v, mask, mask)
+    swapped = {"Q": attend(F_q, F_v.roll(1, 0), mask, mask)["Q"], "V": attend(F_q.roll(1, 0), F_v, mask, mask)["V"]}
+    for M, own in (("Q", F_q), ("V", F_v)):
+        assert F.cosine_similarity(q[M], own.mean(1)).mean() > 0.8
+        assert F.cosine_similarity(q[M], swapped[M]).mean() < 0.97
+    one_query = made(arguments("l2p-one-pool"), 2)                  # its query is a sum of both means
+    F_q, F_v, q_mask, v_mask = tokens(D=16)
+    chosen = [one_query(F_q, a * F_v, q_mask, v_mask).chosen["QV"] for a in (1, 20)]
+    assert torch.equal(*chosen)
+
+
 def test_recovery_starts_near_the_prompts_and_can_tell_tokens_apart():
     """What the method needs to learn at all: prompts that enter almost as they are, attention that is not uniform, and an
     L_inter that reaches the recovered prompt and not its inputs alone."""
     torch.manual_seed(0)
     method = mmprompt.MMPrompt(96).eval()
     assert float(method.pools["QG"].prompts.detach().std()) == pytest.approx(0.2, rel=0.02)
-    F_q, F_v = torch.randn(50, 8, 96), 10 * torch.randn(50, 6, 96)   # as in mini-VQA: pictures are ten times as long
+    F_q, F_v = torch.randn(50, 8, 96), torch.randn(50, 6, 96)
     q = method.query(F_q, F_v, torch.ones(50, 8, dtype=torch.bool), torch.ones(50, 6, dtype=torch.bool))
-    assert F.cosine_similarity(q["Q"], F_q.mean(1)).mean() > 0.95
     p = {M: method.pools[M + "G"](q[M])[0] for M in "QV"}
     final, _, L_inter = method.recovery["G"](p)
     for M in "QV":
