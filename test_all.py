@@ -1391,15 +1391,32 @@ def test_accumulation_is_one_large_batch_and_bf16_runs(tmp_path, monkeypatch):
     assert math.isfinite(result["metrics"]["A"])
 
 
-def test_freeze_query_stops_eq_1_after_the_first_task():
-    args = arguments("mmprompt", options={"freeze_query": True})
+@pytest.mark.parametrize("part, when", [("query", "first"), ("recovery", "first"), ("recovery", "never")])
+def test_a_part_may_stop_learning_after_the_first_task_or_never_begin(part, when):
+    args = arguments("mmprompt", options={f"learn_{part}": when})
     model, method = tiny_model(), made(args, 2)
     for t in (0, 1):
+        method.begin_task(t)
         _, optimizer = learner(args, model, method, t)
         before = {k: p.detach().clone() for k, p in method.named_parameters()}
         mmprompt.learn_epoch(args, model, method, asked(6), [], optimizer, here(t), 0)
-        moved = {k for k, p in method.named_parameters() if not torch.equal(p, before[k])}
-        assert any(k.startswith("query.") for k in moved) == (t == 0) and any(k.startswith("pools.") for k in moved)
+        moved = {k.split(".")[0] for k, p in method.named_parameters() if not torch.equal(p, before[k])}
+        assert moved == {"query", "recovery", "pools"} - ({part} if t or when == "never" else set())
+
+
+def test_official_rows_recover_some_samples_in_training_and_none_at_test():
+    torch.manual_seed(0)
+    method = shake(mmprompt.MMPrompt(16, 2, recovered=0.3, mask_ratio=0.0))
+    F_q, F_v = torch.randn(200, 3, 16), torch.randn(200, 3, 16)
+    mask = torch.ones(200, 3, dtype=torch.bool)
+    plain = {M: method.pools[M + "G"](q)[0] for M, q in method.query(F_q, F_v, mask, mask).items()}
+    plain = torch.cat([plain["Q"], plain["V"]], 1)
+    other = lambda: (method(F_q, F_v, mask, mask).prompts["G"] != plain).flatten(1).any(1).double().mean().item()
+    assert other() == pytest.approx(0.3, abs=0.1) and method.eval() and other() == 0
+    weights = [mmprompt.load_backbone(mmprompt.settle(Namespace(**{**vars(arguments("mmprompt")), "backbone": "mini", "scratch": s})),
+                                      mmprompt.load_stream(arguments("mmprompt", sizes=[240, 80, 160]))) for s in (False, True)]
+    assert not torch.equal(*(w.t5.encoder.block[0].layer[0].SelfAttention.q.weight for w in weights))
+    assert not torch.equal(*(w.visual.look[0].weight for w in weights))
 
 
 def test_linear_schedule_falls_to_zero_over_a_task(monkeypatch):
