@@ -30,6 +30,7 @@ Call path, from the command line to the line where the prompts enter the backbon
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import sys
 import time
@@ -314,6 +315,16 @@ class MultimodalTransformer(nn.Module):
         for layer, P in zip(self.fusion, prompts[self.layers:]):
             x = layer(x, P)
         return self.norm(x[:, 0])                                                    # position 0 is a feature
+
+    def summaries(self, h):
+        """One vector for each modality: the mean of its stream's outputs.  h as above -> (B,M,D)"""
+        B, means = max(len(x) for x in h.values()), []
+        for m in MODALITIES:
+            x = h[m].expand(B, -1, -1) if self.training else h[m]
+            for layer in self.streams[m]:
+                x = layer(x)
+            means.append(x.mean(1).expand(B, -1))
+        return torch.stack(means, 1)                                                    # (B,M,D)
 
     @staticmethod
     def walk_and_keep(layers, x, prompts):
@@ -752,6 +763,140 @@ class LwF(Distilling):
         return loss + self.weight * self.moved(output, b) if self.tasks else loss
 
 
+# ---- that know about modalities, trained like the lower bound
+
+
+class Summarised(Method):
+    """What MISA, MMIN and MCTN share: each works on one summary a modality, and what it makes of them, (B,D), is
+    added to what the backbone's read-out sees.  The map that adds it starts at zero: all start like fine-tuning.
+    """
+    lr = 3.3e-4
+
+    def __init__(self, net, store, args):
+        super().__init__(net, store, args)
+        self.add = nn.Linear(net.width, net.features, bias=False)
+        nn.init.zeros_(self.add.weight)
+
+    def forward(self, b):
+        return self.predict(b)[0]
+
+    def predict(self, b):
+        """(outputs (B,C), summaries (B,M,D), whatever `made` returns besides)."""
+        h = self.net.embed(b.x)
+        summaries = self.net.summaries(h)
+        vector, made = self.made(summaries, b)
+        return self.net.head(self.net.encode(h) + self.add(vector)), summaries, made
+
+
+class MISA(Summarised):
+    """MISA (Hazarika et al. 2020): of each summary a part that is alike for all modalities, and one of its own.
+
+    Alike by central moments, own by orthogonality, and both together rebuild the summary.
+    """
+    weight = 0.1                                                     # of the three losses together
+
+    def __init__(self, net, store, args):
+        super().__init__(net, store, args)
+        D, M = net.width, len(MODALITIES)
+        self.shared, self.join = nn.Linear(D, D), nn.TransformerEncoderLayer(D, 2, 2 * D, batch_first=True)
+        self.private, self.rebuild = (nn.ModuleList(nn.Linear(D, D) for _ in range(M)) for _ in range(2))
+
+    def made(self, h, b):
+        shared = torch.sigmoid(self.shared(h))                                          # (B,M,D)
+        private = torch.sigmoid(torch.stack([f(h[:, i]) for i, f in enumerate(self.private)], 1))
+        return self.join(torch.cat([shared, private], 1)).mean(1), (shared, private)    # attention over six
+
+    def loss(self, b):
+        output, h, (shared, private) = self.predict(b)
+        pairs = list(itertools.combinations(range(len(MODALITIES)), 2))
+        alike = sum(moments_apart(shared[:, i], shared[:, j]) for i, j in pairs) / len(pairs)
+        overlap = sum(crossing(shared[:, i], private[:, i]) for i in range(len(MODALITIES)))
+        overlap = overlap + sum(crossing(private[:, i], private[:, j]) for i, j in pairs)
+        rebuilt = torch.stack([f(shared[:, i] + private[:, i]) for i, f in enumerate(self.rebuild)], 1)
+        return self.store.loss(output, b.y) + self.weight * (alike + overlap + F.mse_loss(rebuilt, h.detach()))
+
+
+def moments_apart(x, y, orders=5):
+    """Central moment discrepancy of two samples (B,D) with numbers in [0,1] -> ()."""
+    x0, y0 = x.mean(0), y.mean(0)
+    apart = (x0 - y0).norm()
+    for k in range(2, orders + 1):
+        apart = apart + (((x - x0) ** k).mean(0) - ((y - y0) ** k).mean(0)).norm()
+    return apart
+
+
+def crossing(x, y):
+    """Mean squared entry of x^T y (D,D) after centring and scaling the rows of x, y (B,D): 0 if orthogonal."""
+    x, y = (F.normalize(z - z.mean(0), dim=-1) for z in (x, y))
+    return (x.T @ y).square().mean()
+
+
+class MMIN(Summarised):
+    """MMIN (Zhao et al. 2021): residual autoencoders imagine the missing summaries from those that are there.
+
+    They learn it where everything is there, by hiding some: never from what is masked.  On later tasks the task
+    loss alone reaches them.
+    """
+    weight = 1.0                                                     # of imagination and its way back
+
+    def __init__(self, net, store, args):
+        super().__init__(net, store, args)
+        wide = len(MODALITIES) * net.width
+        code = lambda: nn.Sequential(nn.Linear(wide, net.width), nn.ReLU(), nn.Linear(net.width, wide))
+        self.forth, self.back = (nn.ModuleList(code() for _ in range(3)) for _ in range(2))
+
+    @staticmethod
+    def cascade(blocks, h):
+        x = h.flatten(1)                                             # each adds to the sum of those before it
+        for block in blocks:
+            x = x + block(x)
+        return x.view_as(h)                                                             # (B,M,D)
+
+    def made(self, h, b):
+        there = b.present[..., None]                                                    # (B,M,1)
+        return torch.where(there, h, self.cascade(self.forth, h * there)).mean(1), None
+
+    def loss(self, b):
+        output, h, _ = self.predict(b)
+        loss = self.store.loss(output, b.y)
+        if not b.present.all():
+            return loss
+        hidden = self.store.present[torch.randint(1, len(PATTERNS), (len(h),))][..., None]           # (B,M,1)
+        whole, seen = h.detach(), h.detach() * hidden
+        imagined = self.cascade(self.forth, seen)
+        again = self.cascade(self.back, imagined)                    # and back to what there was
+        return loss + self.weight * (F.mse_loss(imagined, whole) + F.mse_loss(again * hidden, seen))
+
+
+class MCTN(Summarised):
+    """In the style of MCTN (Pham et al. 2019): one modality is encoded so that the others can be decoded from
+    the code, and it again from them; the code predicts.
+
+    On summaries, not sequences.  Text is encoded, or what is there; with one modality nothing is translated.
+    """
+    weight = 0.1                                                     # of the translations
+
+    def __init__(self, net, store, args):
+        super().__init__(net, store, args)
+        D = net.width
+        self.encoders, self.decoders = (nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+                                                      for _ in MODALITIES) for _ in range(2))
+
+    def made(self, h, b):
+        source, *others = [i for i, m in enumerate(MODALITIES) if m in PATTERNS[b.task]][::-1]       # text is last
+        code = self.encoders[source](h[:, source])
+        return code, (source, others, code)
+
+    def loss(self, b):
+        output, h, (source, others, code) = self.predict(b)
+        loss, h = self.store.loss(output, b.y), h.detach()
+        for i in others:
+            there = self.decoders[i](code)
+            again = self.decoders[source](self.encoders[i](there))
+            loss = loss + self.weight * (F.mse_loss(there, h[:, i]) + F.mse_loss(again, h[:, source]))
+        return loss
+
+
 # ---- with prompts
 
 
@@ -905,7 +1050,8 @@ class MPLMM(Prompted):
 
 METHODS = {"prompts": MissingModalityPrompts, "none": Frozen, "finetune": Finetune, "joint": Joint,
            "joint-prompts": JointPrompts, "icarl": ICaRL, "agem": AGEM, "er": ER, "derpp": DERpp, "ewc": EWC, "lwf": LwF,
-           "l2p": L2P, "dualprompt": DualPrompt, "sprompts": SPrompts, "mplmm": MPLMM}
+           "misa": MISA, "mmin": MMIN, "mctn": MCTN, "l2p": L2P, "dualprompt": DualPrompt, "sprompts": SPrompts,
+           "mplmm": MPLMM}
 
 
 def build_method(args, backbone, stream):
@@ -1085,7 +1231,8 @@ METHOD_ROWS = [
     ("DER++, buffer 500", {"method": "derpp", "buffer": 500}, (67.02, 0.69)),
     ("EWC", {"method": "ewc"}, (66.44, 1.75)), ("LwF", {"method": "lwf"}, (64.56, 2.97)),
     ("L2P", {"method": "l2p"}, (63.79, 2.67)), ("DualPrompt", {"method": "dualprompt"}, (67.23, 0.73)),
-    ("S-Prompts", {"method": "sprompts"}, (64.83, 3.57)), ("MPLMM", {"method": "mplmm"}, (70.35, 2.18)),
+    ("S-Prompts", {"method": "sprompts"}, (64.83, 3.57)), ("MISA", {"method": "misa"}, (61.63, 6.75)),
+    ("MCTN style", {"method": "mctn"}, (63.35, 4.17)), ("MMIN", {"method": "mmin"}, (65.31, 3.92)), ("MPLMM", {"method": "mplmm"}, (70.35, 2.18)),
     ("ours", {"method": "prompts"}, (71.87, -0.15)), ("lower bound", {"method": "finetune"}, (62.34, 6.18)),
     ("upper bound", {"method": "joint"}, (71.19, None)), ("upper bound (ours)", {"method": "joint-prompts"}, (73.20, None)),
     ("frozen, no prompts", {"method": "none"}, None)]

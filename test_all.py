@@ -2004,7 +2004,8 @@ def test_missing_gradients_frozen_parts_and_batch_invariance(method):
     frozen = {n: p.clone() for n, p in learner.net.state_dict().items()} if learner.frozen else {}
     named = {n: p for n, p in learner.named_parameters() if p.requires_grad}
     touched = set()
-    for task in (2, 4):                                              # together: every modality seen, every one missing
+    # together: every modality seen, every one missing; MMIN and MCTN learn some of theirs where all is there
+    for task in {"mmin": (0, 2), "mctn": (0, 4)}.get(method, (2, 4)):
         optimizer = torch.optim.Adam(named.values(), 1e-2)
         learner.begin_task(task, torch.arange(12))
         for step in range(3):                                        # a zero factor learns one step after the other
@@ -2026,7 +2027,7 @@ def test_missing_gradients_frozen_parts_and_batch_invariance(method):
         whole = missing_predict(learner, torch.arange(8), task)
         assert torch.allclose(whole, missing_predict(learner, torch.arange(8), task, size=1), atol=1e-5)
         assert torch.allclose(whole.flip(0), missing_predict(learner, torch.arange(8).flip(0), task), atol=1e-5)
-        if method not in ("l2p", "dualprompt", "sprompts"):                # those look their query up by task
+        if method not in ("l2p", "dualprompt", "sprompts", "mctn"):        # those look something up by task
             mixed = learner(learner.store.batch(torch.arange(8), torch.full((8,), task)))
             assert torch.allclose(whole, mixed, atol=1e-5)
 
@@ -2149,6 +2150,83 @@ def test_missing_old_networks_answer_without_dropout(method):
     learner.train()                                                  # what every epoch begins with
     output = torch.zeros(5, learner.store.outputs)
     assert learner.moved(output, b) == learner.moved(output, b) and learner.net.training
+
+
+@pytest.mark.parametrize("name", ["misa", "mmin", "mctn"])
+def test_missing_summaries_start_like_fine_tuning(name):
+    learner, _ = missing_learner(name)
+    learner.eval()
+    for t in (0, 2, 5):
+        b = learner.store.batch(torch.arange(4), t)
+        assert torch.equal(learner(b), learner.net(learner.net.embed(b.x)))
+        h = learner.net.embed(b.x)["video"]
+        for layer in learner.net.streams["video"]:
+            h = layer(h)
+        torch.testing.assert_close(learner.net.summaries(learner.net.embed(b.x))[:, 1], h.mean(1).expand(4, -1))
+
+
+def test_missing_misa_losses_by_hand():
+    learner, _ = missing_learner("misa")
+    learner = shake(learner.eval())
+    b = learner.store.batch(torch.arange(6), 1)
+    output, h, (shared, private) = learner.predict(b)
+    x, y = (z.detach().double().numpy() for z in (shared[:, 0], private[:, 0]))
+
+    def moment(z, k):
+        return z.mean(0) if k == 1 else ((z - z.mean(0)) ** k).mean(0)
+    want = sum(np.sqrt(((moment(x, k) - moment(y, k)) ** 2).sum()) for k in range(1, 6))
+    assert mp.moments_apart(shared[:, 0], private[:, 0]).item() == pytest.approx(want, rel=1e-4)
+    rows = [np.array([r / np.sqrt((r ** 2).sum()) for r in z - z.mean(0)]) for z in (x, y)]
+    want = np.mean([[sum(rows[0][n, i] * rows[1][n, j] for n in range(6)) ** 2 for j in range(x.shape[1])] for i in range(x.shape[1])])
+    assert mp.crossing(shared[:, 0], private[:, 0]).item() == pytest.approx(want, rel=1e-4)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    own = sum(mp.moments_apart(shared[:, i], shared[:, j]) for i, j in pairs) / 3
+    own = own + sum(mp.crossing(shared[:, i], private[:, i]) for i in range(3)) + sum(mp.crossing(private[:, i], private[:, j]) for i, j in pairs)
+    own = own + sum((learner.rebuild[i](shared[:, i] + private[:, i]) - h[:, i]).square().mean() for i in range(3)) / 3
+    assert learner.loss(b).item() == pytest.approx((learner.store.loss(output, b.y) + 0.1 * own).item(), rel=1e-4)
+
+
+def test_missing_mmin_imagines_from_what_is_there_and_learns_it_where_all_is_there():
+    learner, _ = missing_learner("mmin")
+    learner = shake(learner.eval())
+    D = learner.net.width
+    b = learner.store.batch(torch.arange(4), 2)                      # video and text
+    h = learner.net.summaries(learner.net.embed(b.x))
+    x = torch.cat([torch.zeros(4, D), h[:, 1], h[:, 2]], 1)
+    for block in learner.forth:
+        x = x + block(x)
+    torch.testing.assert_close(learner.made(h, b)[0], (x[:, :D] + h[:, 1] + h[:, 2]) / 3)
+    for t, imagines in ((2, False), (0, True)):                      # its own losses: on complete utterances alone
+        learner.zero_grad()
+        b = learner.store.batch(torch.arange(4), t)
+        more = learner.loss(b) - learner.store.loss(learner(b), b.y)
+        assert (more.item() > 0) == imagines
+    more.backward()
+    assert learner.back[0][0].weight.grad.abs().sum() > 0
+    torch.manual_seed(3)
+    hidden = learner.store.present[torch.randint(1, 7, (4,))]
+    torch.manual_seed(3)
+    more = learner.loss(b) - learner.store.loss(learner(b), b.y)
+    h = learner.net.summaries(learner.net.embed(b.x))
+    seen = h * hidden[..., None]
+    imagined = learner.cascade(learner.forth, seen)
+    again = learner.cascade(learner.back, imagined) * hidden[..., None]
+    assert more.item() == pytest.approx(((imagined - h).square().mean() + (again - seen).square().mean()).item(), rel=1e-3)
+
+
+def test_missing_mctn_translates_and_back():
+    learner, _ = missing_learner("mctn")
+    learner = shake(learner.eval())
+    encode, decode = learner.encoders, learner.decoders
+    for t, source, others in ((0, 2, (0, 1)), (1, 1, (0,)), (4, 0, ())):       # avl; av: video is encoded; a: nothing to translate
+        b = learner.store.batch(torch.arange(4), t)
+        h = learner.net.summaries(learner.net.embed(b.x))
+        code, want = encode[source](h[:, source]), 0.0
+        torch.testing.assert_close(learner.made(h, b)[0], code)
+        for i in others:
+            there = decode[i](code)
+            want = want + 0.1 * ((there - h[:, i]).square().mean() + (decode[source](encode[i](there)) - h[:, source]).square().mean())
+        assert (learner.loss(b) - learner.store.loss(learner(b), b.y)).item() == pytest.approx(float(torch.as_tensor(want).detach()), abs=1e-5)
 
 
 def test_missing_dualprompt_starts_a_key_at_the_mean_query(monkeypatch):
