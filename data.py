@@ -609,9 +609,11 @@ def _vqav2(setting, root, seed, outer="category"):
             where = f"{path}, annotation {i}"
             number, name, answers = (field(row, k, kind, where) for k, kind in
                                      (("image_id", int), ("question_id", int), ("answers", list)))
-            if name not in questions or not answers or not all(isinstance(a, str) for a in answers):
-                raise InputError(f"{where}: question {name} is in no questions file, or an answer is no text")
-            kind = vqa_question_type(field(row, "question_type", str, where), questions[name])
+            question = questions.pop(name, None)                     # each is asked once
+            if question is None or not answers or not all(isinstance(a, str) for a in answers):
+                raise InputError(f"{where}: question {name} is in no questions file, or was annotated before, or an answer is "
+                                 "no text")
+            kind = vqa_question_type(field(row, "question_type", str, where), question)
             group = category.get((year, number))
             if kind is None:
                 dropped[f"question type: no rule for {row['question_type']!r}"] += 1
@@ -623,7 +625,7 @@ def _vqav2(setting, root, seed, outer="category"):
                          "train" if (year == "train2014" and len(found) == 2) or (len(found) == 1 and share < .8) else
                          "val" if share < (.5 if len(found) == 2 else .9) else "test")
                 picture = sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg")
-                parts[split].append(Sample(name, picture, questions[name], tuple(answers), kind, group))
+                parts[split].append(Sample(name, picture, question, tuple(answers), kind, group))
     stream = partition(setting, parts, [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(COCO_GROUPS)], QUESTION_TYPES,
                        list(zip(QUESTION_TYPES[::2], QUESTION_TYPES[1::2])), outer, seed)
     stream.notes += [f"dropped {n:,}: {why}" for why, n in dropped.most_common()]
@@ -745,7 +747,7 @@ def _jsonl(setting, path, root, seed):
     Tasks appear in the order of the file.  Without "split", pictures go 70/10/20, by the seed.
     """
     root = root or path.parent
-    parts, types, categories = {"train": [], "val": [], "test": []}, {}, {}
+    parts, types, categories, known = {"train": [], "val": [], "test": []}, {}, {}, set()
     try:
         with open_text(path) as f:
             lines = f.read().split("\n")                             # U+2028 in a string ends no line
@@ -770,6 +772,9 @@ def _jsonl(setting, path, root, seed):
         sample = Sample(name, *texts[:2], tuple(answers), *texts[2:])
         if not answers:
             raise InputError(f"{where}: no answer")
+        if name in known:
+            raise InputError(f"{where}: id {name!r} was there before; ids are unique")
+        known.add(name)
         inside(root, sample.image, where)
         share = _share(sample.image, seed)
         split = row.get("split") or ("train" if share < .7 else "val" if share < .8 else "test")
@@ -1203,6 +1208,8 @@ def _read_npz(path, fold):
     if "split" in data:
         rows = {k: np.isin(which.astype(str), names) for k, names in
                 (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
+        if not (known := sum(rows.values())).all():
+            raise InputError(f"{path}: split is 0 1 2 or train valid test, not {str(which[known == 0][0])[:40]!r}")
     else:
         folds = int(which.max()) + 1
         if folds < 3 or not 0 <= fold < folds:

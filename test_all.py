@@ -1059,6 +1059,13 @@ def test_vqav2_broken_files_name_themselves(tmp_path):
     path.write_text('{"questions": [{"image_id": 1}]}')
     with pytest.raises(InputError, match="question 0: key 'question' is missing"):
         data.vqa_stream("CI", "vqav2", tmp_path)
+    make_vqav2(tmp_path, 30)
+    path = tmp_path / "v2_mscoco_train2014_annotations.json"
+    rows = json.loads(path.read_text())
+    rows["annotations"][2] = rows["annotations"][1]
+    path.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="annotation 2: question .* was annotated before"):
+        data.vqa_stream("CI", "vqav2", tmp_path)
 
 
 def test_nextqa_reader(tmp_path):
@@ -1103,6 +1110,7 @@ def test_jsonl_reader_and_its_mends(tmp_path):
     for broken, message in (('{"image": ', "line 3: not JSON"), ('{"image": "a.png", "answer": "x"}', "line 3: key 'question' is missing"),
                             (json.dumps({**lines[2], "image": "../../etc/passwd"}), "leaves"),
                             (json.dumps({**lines[2], "split": "dev"}), "line 3: split is train, val or test"),
+                            (json.dumps({**lines[2], "id": 1}), "line 3: id 1 was there before"),
                             (json.dumps({**lines[2], "question": " "}), "line 3: question is")):
         rows = [json.dumps(r) for r in lines]
         rows[2] = broken
@@ -2496,7 +2504,8 @@ def test_missing_reads_npz(tmp_path):
     stream = affect_stream(str(path), mp.PATTERNS)
     assert stream.extra["outputs"] == 3 and stream.extra["scoring"] == "classes" and len(stream.tasks[6].train) == 6
     for change, words in (({"fold": np.zeros(12, int)}, "three or more"), ({}, "no key split or fold"),
-                          ({"fold": np.arange(11)}, "11 entries"), ({"split": np.zeros(12, int)}, "no val utterances")):
+                          ({"fold": np.arange(11)}, "11 entries"), ({"split": np.zeros(12, int)}, "no val utterances"),
+                          ({"split": np.arange(12) % 4}, "not '3'")):
         np.savez(path, **x, label=np.zeros(12), **change)
         with pytest.raises(InputError, match=words):
             affect_stream(str(path), mp.PATTERNS)
