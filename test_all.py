@@ -923,7 +923,7 @@ def test_modality_hides_the_other_from_the_encoder():
     changed = F_q.clone()
     changed[:, 0] += 1
     fixed = lambda *_: out                                           # the queries saw both; hold the prompts fixed here
-    out = method(F_q, F_v, q_mask, v_mask)
+    out = method(*(F.rms_norm(x, (16,)) for x in (F_q, F_v)), q_mask, v_mask)
     shell = type("Fixed", (), {"__call__": staticmethod(fixed), "layers": method.layers, "keep": False})()
     for modality, same in (("v", True), ("q", False), ("joint", False)):
         a, mask, _ = model.encode(F_q, F_v, q_mask, v_mask, shell, modality)
@@ -2160,6 +2160,21 @@ def test_missing_old_networks_answer_without_dropout(method):
     assert learner.moved(output, b) == learner.moved(output, b) and learner.net.training
 
 
+def test_missing_shared_parts_may_learn_in_the_first_task_only():
+    learner, _ = missing_learner("prompts", shared="first")
+    optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], 0.1)
+    for t in (2, 3):
+        was = {k: p.detach().clone() for k, p in learner.prompts.named_parameters()}
+        learner.train()
+        optimizer.zero_grad()
+        learner.loss(learner.store.batch(torch.arange(8), t)).backward()
+        learner.edit_gradients()
+        optimizer.step()
+        moved = {k for k, p in learner.prompts.named_parameters() if not torch.equal(p, was[k])}
+        assert moved == ({"P_S"} if t == 3 else {"P_M", "P_S", "k_avail", "k_miss"})
+        learner.end_task(t, None)
+
+
 @pytest.mark.parametrize("name", ["misa", "mmin", "mctn"])
 def test_missing_summaries_start_like_fine_tuning(name):
     learner, _ = missing_learner(name)
@@ -2965,6 +2980,50 @@ def modal_samples(n=6, task="ScienceQA"):
     return data.instruction_stream("mini", sizes=(n, 1, 1)).tasks[data.COIN.index(task)].train
 
 
+def modal_adapters(method):
+    return torch.cat([p.detach().flatten() for p in method.lora.parameters()])
+
+
+def test_modal_ewc_pulls_to_the_last_weights_where_they_mattered(modal_tiny):
+    vlm, _ = modal_load(modal_tiny)
+    method, samples, x = shake(modal.EWC(vlm, rank=2)), modal_samples(3), torch.zeros(3, 0)
+    assert method(x, x)[1]["ewc"].item() == 0                        # the first task is free
+    fisher = 0
+    for s in samples:                                                # fewer than 32: all of them, each alone
+        method.zero_grad()
+        total, n = vlm.loss([s], torch.zeros(1, 0, vlm.width))
+        (total / n).backward()
+        fisher = fisher + torch.cat([p.grad.flatten() for p in method.parameters()]) ** 2 / 3
+    method.remember(vlm, samples)
+    torch.testing.assert_close(method.fisher, fisher, rtol=1e-3, atol=1e-8)
+    was = modal_adapters(method)
+    shake(method)
+    want = sum(f * (a - b) ** 2 for f, a, b in zip(fisher.double(), modal_adapters(method).double(), was.double()))
+    assert method(x, x)[1]["ewc"].item() == pytest.approx(method.stiffness / 2 * want.item(), rel=1e-3)
+
+
+def test_modal_lwf_keeps_the_distribution_of_answer_tokens(modal_tiny):
+    vlm, _ = modal_load(modal_tiny)
+    method, samples = shake(modal.LwF(vlm, rank=2)), modal_samples(3)
+    empty = torch.zeros(3, 0, vlm.width)
+    again = lambda: vlm.logits(samples, empty)
+    assert method.compare(*again(), again) == {}                     # the first task is free
+    before, labels = again()
+    method.end_task()
+    assert method.compare(*again(), again)["lwf"].item() == pytest.approx(0, abs=1e-5)
+    shake(method.lora)
+    now = again()[0]
+    got = method.compare(now, labels, again)["lwf"]
+    want = []
+    for b, a in (labels != -100).nonzero().tolist():
+        p, q = ((z[b, a].detach().double() / 2).softmax(-1) for z in (before, now))
+        want.append(4 * sum(float(x * (x.log() - y.log())) for x, y in zip(p, q)))
+    assert got.item() == pytest.approx(np.mean(want), rel=1e-3) and want
+    torch.testing.assert_close(again()[0], now)                      # the new weights are back, and they alone learn
+    got.backward()
+    assert all(p.grad is not None for p in method.lora.parameters()) and all(p.grad is None for p in method.old.parameters())
+
+
 def test_modal_guidance_is_eq_1(modal_tiny):
     vlm, guidance = modal_load(modal_tiny)
     samples = modal_samples(8)
@@ -3464,7 +3523,7 @@ def test_modal_every_seed_of_a_table_has_its_own_backbone_and_tables_continue(ca
 
 def test_modal_clear_errors(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, words in ((["--method", "lwf"], "choose from"), (["--lam", "2"], "--lam"), (["--batch", "0"], "--batch"),
+    for flags, words in ((["--method", "tailor"], "choose from"), (["--lam", "2"], "--lam"), (["--batch", "0"], "--batch"),
                          (["--sizes", "0", "1", "1"], "--sizes"), (["--backbone", "nowhere/at-all", "--clip", "x"], "nowhere/at-all"), (["--data", "coin"], "--root"),
                          (["--answer", "x.png", "what"], "--prompts"), (["--backbone", "nowhere/at-all"], "--clip")):
         with pytest.raises(data.InputError, match=words):
