@@ -611,8 +611,8 @@ def _vqav2(setting, root, seed, outer="category"):
                                      (("image_id", int), ("question_id", int), ("answers", list)))
             question = questions.pop(name, None)                     # each is asked once
             if question is None or not answers or not all(isinstance(a, str) for a in answers):
-                raise InputError(f"{where}: question {name} is in no questions file, or was annotated before, or an answer is "
-                                 "no text")
+                raise InputError(f"{where}: question {name} is in no questions file or was annotated before, or an "
+                                 "answer is no text")
             kind = vqa_question_type(field(row, "question_type", str, where), question)
             group = category.get((year, number))
             if kind is None:
@@ -1209,7 +1209,8 @@ def _read_npz(path, fold):
         rows = {k: np.isin(which.astype(str), names) for k, names in
                 (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
         if not (known := sum(rows.values())).all():
-            raise InputError(f"{path}: split is 0 1 2 or train valid test, not {str(which[known == 0][0])[:40]!r}")
+            bad = str(which[known == 0][0])[:40]
+            raise InputError(f"{path}: split is 0 1 2 or train valid test, not {bad!r}")
     else:
         folds = int(which.max()) + 1
         if folds < 3 or not 0 <= fold < folds:

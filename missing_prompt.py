@@ -507,8 +507,8 @@ class MissingModalityPrompts(Method):
     """The paper's method: a frozen backbone, three kinds of prompts, contrastive interaction of the tasks.
 
     keep: prompts stay in the sequence until the next kind takes their place.  init: their spread at the start.
-    specific: as in MissingPrompts.  head: the read-out learns, too.  shared: whether P_M and the keys, which all
-    tasks share, learn "always" or in the "first" task only.
+    specific: as in MissingPrompts.  head: the read-out learns, too.  shared: whether P_M and the keys, which
+    all tasks share, learn "always" or in the "first" task only.
     """
     lr, frozen = 3e-2, True
 
@@ -682,7 +682,7 @@ class Distilling(Method):
 
 
 class ICaRL(Distilling):
-    """iCaRL (Rebuffi et al. 2017): herded exemplars of every task; on them, distillation from the model before.
+    """iCaRL (Rebuffi et al. 2017): herded exemplars of every task; on them, distillation from the last model.
 
     Its nearest-mean classifier has no meaning for a sentiment score; prediction stays the head's.
     """
@@ -778,8 +778,8 @@ class LwF(Distilling):
 
 
 class Summarised(Method):
-    """What MISA, MMIN and MCTN share: each works on one summary a modality, and what it makes of them, (B,D), is
-    added to what the backbone's read-out sees.  The map that adds it starts at zero: all start like fine-tuning.
+    """What MISA, MMIN and MCTN share: each works on one summary a modality, and what it makes of them, (B,D),
+    is added to what the read-out sees.  The map that adds it starts at zero: all start like fine-tuning.
     """
     lr = 3.3e-4
 
@@ -800,7 +800,7 @@ class Summarised(Method):
 
 
 class MISA(Summarised):
-    """MISA (Hazarika et al. 2020): of each summary a part that is alike for all modalities, and one of its own.
+    """MISA (Hazarika et al. 2020): of each summary a part alike for all modalities, and one of its own.
 
     Alike by central moments, own by orthogonality, and both together rebuild the summary.
     """
@@ -845,8 +845,8 @@ def crossing(x, y):
 class MMIN(Summarised):
     """MMIN (Zhao et al. 2021): residual autoencoders imagine the missing summaries from those that are there.
 
-    They learn it where everything is there, by hiding some: never from what is masked.  On later tasks the task
-    loss alone reaches them.
+    They learn it where everything is there, by hiding some: never from what is masked.  On later tasks the
+    task loss alone reaches them.
     """
     weight = 1.0                                                     # of imagination and its way back
 
@@ -1370,7 +1370,7 @@ def parse_args(argv=None):
     add("--weight", type=metrics.weight, help="of a compared method's own loss term; default: the method's own")
     add("--buffer", type=number, default=250, help="samples kept by iCaRL, A-GEM, ER, DER++; paper 250, 500")
     args = metrics.check_shared(p.parse_args(argv))
-    args.options, args.world = {}, {}        # for tables: arguments of the class without a flag, another world
+    args.options, args.world = {}, {}    # for tables: arguments of the class without a flag, another world
     if args.backbone not in BACKBONES:
         raise InputError(f"--backbone is {' or '.join(BACKBONES)}, not {args.backbone!r}")
     if sorted(args.sequence) != sorted(KINDS):

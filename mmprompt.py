@@ -53,8 +53,8 @@ from metrics import YES_NO, above_zero, check_shared, natural, positive, share, 
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
 # The outputs of recovery's modules start small, so that prompts start almost unchanged.
 START = 0.03
-# Of a prompt's numbers at its start.  Against the rate it says how fast a prompt turns; against the outputs of
-# the attention modules, how much recovery changes it.
+# Of a prompt's numbers at its start.  Against the rate it says how fast a prompt turns; against the outputs
+# of the attention modules, how much recovery changes it.
 SPREAD = 0.2
 
 
@@ -345,7 +345,7 @@ class MMPrompt(nn.Module):
             # Then the two are brought together.                                                      Eq. 4-10
             p_final, intra, inter = self.recovery[G](p)                                          # 2 x (B,L,D)
             if self.recovered < 1:
-                some = torch.rand(len(F_q), 1, 1, device=F_q.device) < self.recovered * self.training    # (B,1,1)
+                some = torch.rand(len(F_q), 1, 1, device=F_q.device) < self.recovered * self.training
                 p_final = {M: torch.where(some, p_final[M], p[M]) for M in "QV"}
             out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)                          # (B,2L,D)
             out.losses["intra"] = out.losses["intra"] + intra
@@ -678,7 +678,7 @@ class L2P(Method):
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        q["QV"] = F.normalize(q["Q"], dim=-1) + F.normalize(q["V"], dim=-1)    # each counts as much as the other
+        q["QV"] = F.normalize(q["Q"], dim=-1) + F.normalize(q["V"], dim=-1)  # each counts as much
         prompts, pull, chosen = [], 0, {}
         for M, pool in self.pools.items():
             _, qk, chosen[M] = pool(q[M])
@@ -734,7 +734,7 @@ class CODAPrompt(Method):
         self.layers, self.weights, self.tasks, self.pools = layers, {"ortho": ortho}, tasks, nn.ModuleDict()
         for name, n in pool_sizes.items():
             if n < tasks:
-                raise ValueError(f"CODA-Prompt gives each task its share of a pool: --pool-sizes {n} is less than {tasks}")
+                raise ValueError(f"each task needs its share of a pool: --pool-sizes {n} is less than {tasks}")
             shapes = {"prompts": (n, length, d_model), "key": (n, d_model), "attend": (n, d_model)}
             self.pools[name] = nn.ParameterDict({k: torch.empty(shape) for k, shape in shapes.items()})
             for p in self.pools[name].values():
@@ -1039,10 +1039,10 @@ OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))        # the method itsel
 DI, CI = {"setting": "DI"}, {"setting": "CI"}
 NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
-# What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one token
-# that stay in the sequence, recovered ones in 5 % of the samples, a hundredth of L_qk.
-OFFICIAL = {**DI, "scratch": True, "train_decoder": True, "train_vision": "never", "length": 1, "qk_weight": 0.01,
-            "options": {"keep": True, "recovered": 0.05}}
+# What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one
+# token that stay in the sequence, recovered ones in 5 % of the samples, a hundredth of L_qk.
+OFFICIAL = {**DI, "scratch": True, "train_decoder": True, "train_vision": "never", "length": 1,
+            "qk_weight": 0.01, "options": {"keep": True, "recovered": 0.05}}
 PAPERS = "; the paper's numbers are its VQA v2"
 TICKS = PAPERS + ", its tick marks reconstructed from the prose"
 
@@ -1065,8 +1065,8 @@ TABLES = {
         ("CQ + CR learned in task 1 only", {**DI, "options": {"learn_recovery": "first"}}, None),
         ("CQ + CR as it starts", {**DI, "options": {"learn_recovery": "never"}}, None)]),
     "official": ("Table 2 on mini as the official code has it" + PAPERS, "isolated prompts", [
-        ("isolated prompts", {**OFFICIAL, "use_query": False, "use_intra": False, "use_inter": False}, ISOLATED[2]),
-        ("CQ", {**OFFICIAL, "use_intra": False, "use_inter": False}, (34.990, 0.588)), ("CQ + CR", OFFICIAL, OURS[2]),
+        ("isolated prompts", {**ISOLATED[1], **OFFICIAL}, ISOLATED[2]),
+        ("CQ", {**NO_RECOVERY, **OFFICIAL}, (34.990, 0.588)), ("CQ + CR", OFFICIAL, OURS[2]),
         ("no prompts", {**OFFICIAL, "layers_g": [], "layers_e": [], "options": {}}, None),
         ("CQ + CR, pre-trained encoder", {**OFFICIAL, "scratch": False}, None)]),
     "3": ("Table 3 on mini; the paper's numbers are its NExT-QA", None, [
@@ -1224,12 +1224,12 @@ def parse_args(argv=None):
     g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
     g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv), p, ["sizes"])
-    # what a table's row alone sets: arguments of the method's class without a flag, a backbone drawn at random
+    # what a table's row alone sets: arguments of the class without a flag, a backbone drawn at random
     args.options, args.scratch = {}, False
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
     if {*args.layers_g} & {*args.layers_e}:
-        raise InputError("--layers-g and --layers-e name the same block: each block carries one kind of prompts")
+        raise InputError("--layers-g and --layers-e name the same block: each carries one kind of prompts")
     args.out = args.out or ("runs/mmprompt_tables" if args.table else f"runs/mmprompt_{args.setting}_{args.method}")
     return args
 
