@@ -782,7 +782,7 @@ class CODAPrompt(Method):
     10 components of length 10 (appendix D), shared out over the T tasks; those of earlier tasks are frozen.
     Components, keys and attentions are kept orthogonal.
     """
-    needs_guidance, lr = True, 0.02
+    needs_guidance, lr = True, 0.05
 
     def __init__(self, width, guidance_width, tasks, pool=10, length=10, ortho=0.1):
         super().__init__(width)
