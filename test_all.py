@@ -830,6 +830,49 @@ def test_gradient_reaches_all_that_learns_and_the_frozen_stays_bit_identical(nam
     assert all(k.startswith("visual.") for k in frozen) == (name in ("finetune", "joint"))
 
 
+def test_triplet_adds_fusion_prompts_by_a_matrix_that_stays_near_its_start_of_the_task():
+    torch.manual_seed(0)
+    method = shake(made(arguments("triplet"), 3))
+    F_q, F_v, q_mask, v_mask = tokens(D=16)
+    method.begin_task(1)
+    assert method(F_q, F_v, q_mask, v_mask).losses["interact"].item() == 0
+    old = {name: W.detach().clone() for name, W in method.interact.items()}
+    shake(method.interact)
+    out, moved = method(F_q, F_v, q_mask, v_mask), 0
+    for b in range(3):
+        q = {"Q": mmprompt.masked_mean(F_q, q_mask)[b], "V": mmprompt.masked_mean(F_v, v_mask)[b]}
+        q["F"] = q["Q"] / q["Q"].norm() + q["V"] / q["V"].norm()
+        for G in "GE":
+            fused, rows = looped_pool(method.pools["F" + G], q["F"][None])[0], []
+            for M in "QV":
+                p = looped_pool(method.pools[M + G], q[M][None])[0]
+                rows.append(torch.stack([p[i] + method.interact[M + G] @ fused[i] for i in range(4)]))
+                moved += sum(((method.interact[M + G] - old[M + G]) @ fused[i]).square().sum() for i in range(4)) / 12
+            torch.testing.assert_close(out.prompts[G][b], torch.cat(rows), atol=1e-4, rtol=1e-4)
+    assert out.losses["interact"].item() == pytest.approx(moved.item(), rel=1e-3)
+
+
+def test_clumo_clusters_queries_and_has_a_prompt_for_each_pair():
+    torch.manual_seed(0)
+    method = made(arguments("clumo"), 3)
+    masks = torch.ones(20, 1, dtype=torch.bool), torch.ones(20, 1, dtype=torch.bool)
+    batches, seen = [(torch.randn(20, 1, 16), torch.randn(20, 1, 16)) for _ in range(3)], {k: [] for k in range(10)}
+    keys = F.normalize(batches[0][0][:10, 0], dim=-1)
+    for F_q, F_v in batches:
+        method.train()(F_q, F_v, *masks)
+        q = F.normalize(F_q[:, 0], dim=-1)
+        for row in q:
+            seen[int(F.cosine_similarity(row[None], keys).argmax())].append(row)
+        keys = torch.stack([torch.stack(rows).mean(0) if rows else keys[k] for k, rows in seen.items()])
+        torch.testing.assert_close(method.keys_Q, keys)              # each the mean of all it ever got
+    was = method.keys_Q.clone()
+    out = method.eval()(*batches[0], *masks)
+    assert torch.equal(method.keys_Q, was)                           # nothing moves at test
+    q, v = (F.normalize(x[4, 0], dim=-1) for x in batches[0])
+    pair = [int((F.normalize(k, dim=-1) @ x).argmax()) for k, x in ((method.keys_Q, q), (method.keys_V, v))]
+    assert torch.equal(out.prompts["G"][4], method.pools["pairs"][pair[0], pair[1]])
+
+
 def test_coda_shares_a_pool_out_to_the_last_component():
     args = arguments("coda", pool_sizes=[7, 7, 7, 7])
     method, own = made(args, 3), []
