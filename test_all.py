@@ -3745,6 +3745,20 @@ def test_figures_of_the_verdicts_come_from_results():
     assert figures <= covered, figures - covered
 
 
+def test_the_page_of_results_lists_every_file_and_says_what_made_it():
+    lines = re.findall(r"^\| ([\w/.-]+) \(([\w, ]+)\) \| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$",
+                       (HERE / "results/README.md").read_text(), re.M)
+    files = {f"{stem}.{kind}" for stem, kinds, *_ in lines for kind in kinds.split(", ")}
+    assert files == {str(p.relative_to(HERE / "results")) for p in (HERE / "results").rglob("*.*")} - {"README.md"}
+    for stem, kinds, command, count, minutes, commits, _ in lines:
+        path = HERE / "results" / f"{stem}.json"
+        if minutes == "-":
+            continue
+        runs = [run for row in json.loads(path.read_text())["rows"] for run in row["runs"]]
+        assert int(count) == len(runs) and int(minutes) == round(sum(run["minutes"] for run in runs)), stem
+        assert {c.rstrip("+") for c in commits.split()} == {run["commit"][:7] for run in runs}, stem
+
+
 @pytest.mark.parametrize("script", ["mmprompt", "modalprompt", "missing_prompt"])
 def test_readme_names_every_table(script):
     one, others = re.search(rf"python {script}.py --table (\w+) .*# also ([\w ]+)\n", (HERE / "README.md").read_text()).groups()
