@@ -1174,6 +1174,10 @@ TABLES = {
         ("MM-Prompt", DI, None), ("L2P", {**DI, "method": "l2p"}, None),
         ("L2P at MM-Prompt's blocks", {**DI, "method": "l2p", "options": {"blocks": (1, 2, 3, 4, 5), "keep": False}}, None),
         ("MM-Prompt at L2P's, kept", {**DI, "layers_g": [0], "layers_e": [1], "options": {"keep": True}}, None)]),
+    "orders": ("Fig. 8: other orders of the tasks, on mini", "{} MM-Prompt", [
+        (f"{name} {label}", {**changes, "order": order}, None)
+        for name, order in (("given", None), ("reversed", [*range(7, -1, -1)]), ("drawn", [3, 6, 1, 0, 7, 4, 2, 5]))
+        for label, changes in (("MM-Prompt", DI), ("isolated", ISOLATED[1]), ("L2P", {**DI, "method": "l2p"}))]),
     "bounds": ("Bounds of mini", None, [
         ("CI zero-shot", {**CI, "method": "none"}, None), ("QI zero-shot", {"setting": "QI", "method": "none"}, None),
         ("joint", {**CI, "method": "joint"}, None),
