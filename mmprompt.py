@@ -307,7 +307,7 @@ class MMPrompt(nn.Module):
     ones (official code, 0.05).
     temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
-    lr, lr_attention = 5e-3, 5e-5              # prompts and keys, attention modules; searched on another seed
+    lr, lr_attention = 5e-3, 5e-6              # prompts and keys, attention modules; searched on another seed
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5,
                  pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
@@ -667,7 +667,7 @@ class Joint(Finetune):
 class L2P(Method):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
     the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
-    lr, one_pool = 5e-3, False
+    lr, one_pool = 2e-2, False
 
     def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0, blocks=(0,), keep=True):
         super().__init__()
@@ -691,7 +691,7 @@ class L2P(Method):
 class L2POnePool(L2P):
     """L2P*: one pool for both modalities, chosen by one query.  Its prompts belong to neither, so that Eq. 12
     and 13 are not defined for it."""
-    lr, one_pool = 5e-4, True
+    lr, one_pool = 2e-2, True
 
 
 class DualPrompt(Method):
