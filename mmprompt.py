@@ -1269,7 +1269,8 @@ def settle(args):
     metrics.settle_shared(args)
     kind = METHODS[args.method]
     args.lr = kind.lr if args.lr is None else args.lr
-    usual = {"lr_attention": 5e-5, "lr_backbone": 1e-4, "epochs": 2, "batch": 25}
+    long = 4 if args.setting == "DI" else 6        # a table trains until more epochs would change little
+    usual = {"lr_attention": 5e-5, "lr_backbone": 1e-4, "epochs": long if args.table else 2, "batch": 25}
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(kind, name, value))

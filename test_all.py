@@ -1502,7 +1502,7 @@ def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypa
     def table(name, *seeds, more=()):
         mmprompt.main(["--table", name, "--seeds", *map(str, seeds), "--out", str(tmp_path), "--device", "cpu", *more])
     table("2", 0, 1)
-    assert len(calls) == 6 and {c[2] for c in calls} == {25} and {c[4] for c in calls} == {5e-5}
+    assert len(calls) == 6 and {c[2] for c in calls} == {25} and {c[4] for c in calls} == {mmprompt.MMPrompt.lr_attention}
     table("10", 0, 1)
     assert len(calls) == 6 + 2 * 2                                   # "no recovery" is CQ, "intra + inter" is CQ + CR
     table("2", 0, 1, 2)
