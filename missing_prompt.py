@@ -686,7 +686,7 @@ class ICaRL(Distilling):
 
     Its nearest-mean classifier has no meaning for a sentiment score; prediction stays the head's.
     """
-    buffered, lr, weight = True, 3e-3, 1.0
+    buffered, lr, weight = True, 1e-3, 1.0
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)

@@ -707,7 +707,7 @@ class L2P(Method):
     Pool of 10, length 10, N = 3 (appendix D); chosen keys are pulled to the query with weight 0.5 (L2P's
     default).
     """
-    needs_guidance, lr = True, 5e-3
+    needs_guidance, lr = True, 2e-3
 
     def __init__(self, width, guidance_width, pool=10, length=10, top=3, pull=0.5):
         super().__init__(width)
@@ -818,7 +818,7 @@ class CODAPrompt(Method):
 
 class ProgressivePrompts(Method):
     """Razdaibiedina et al. 2023: the sets of all tasks, in a row, always; only the current one learns."""
-    lr = 1e-3
+    lr = 4e-4
 
     def __init__(self, width, length=10):
         super().__init__(width)
