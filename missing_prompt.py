@@ -809,7 +809,7 @@ class MISA(Summarised):
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
         D, M = net.width, len(MODALITIES)
-        self.shared, self.join = nn.Linear(D, D), nn.TransformerEncoderLayer(D, 2, 2 * D, batch_first=True)
+        self.shared, self.join = nn.Linear(D, D), nn.TransformerEncoderLayer(D, 1, 2 * D, batch_first=True)
         self.private, self.rebuild = (nn.ModuleList(nn.Linear(D, D) for _ in range(M)) for _ in range(2))
 
     def made(self, h, b):
