@@ -561,6 +561,7 @@ class Frozen(Method):
 
 class Finetune(Method):
     """Sequential fine-tuning of everything: the paper's lower bound."""
+    lr = 1.1e-4
 
 
 class Joint(Method):

@@ -633,7 +633,7 @@ class Joint(Finetune):
 
 class EWC(Finetune):
     """EWC, online (Kirkpatrick et al. 2017), on the LoRA: stay near the last weights where they mattered."""
-    stiffness = 1e4                                                  # lambda, not in the paper
+    stiffness = 1e5                                                  # lambda, not in the paper
 
     def __init__(self, vlm, rank=16):
         super().__init__(vlm, rank)
