@@ -659,6 +659,7 @@ class EWC(Finetune):
 class LwF(Finetune):
     """LwF (Li and Hoiem 2017), on the LoRA: on the new task's inputs keep the answer tokens' distribution that the
     LoRA before the task gave, KL at temperature 2."""
+    weight = 0.33
 
     def __init__(self, vlm, rank=16):
         super().__init__(vlm, rank)
@@ -678,7 +679,8 @@ class LwF(Finetune):
             before, here = again()[0], labels != -100
             self.swap()
         new, old = (x[here] / 2 for x in (logits, before))                               # (tokens,V)
-        return {"lwf": 4 * F.kl_div(new.log_softmax(-1), old.softmax(-1), reduction="batchmean")}
+        kl = F.kl_div(new.log_softmax(-1), old.softmax(-1), reduction="batchmean")
+        return {"lwf": self.weight * 4 * kl}
 
     def end_task(self):
         self.tasks += 1
