@@ -733,7 +733,7 @@ def herd(feature, k):
 
 class EWC(Method):
     """EWC, online (Kirkpatrick et al. 2017): stay near the last weights where they mattered to any task."""
-    lr, weight = 1e-3, 1000.0                                        # weight is lambda
+    lr, weight = 1e-3, 4000.0                                        # weight is lambda
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
@@ -849,7 +849,7 @@ class MMIN(Summarised):
     They learn it where everything is there, by hiding some: never from what is masked.  On later tasks the
     task loss alone reaches them.
     """
-    weight = 1.0                                                     # of imagination and its way back
+    lr, weight = 1.1e-4, 1.0                                         # weight of imagination and its way back
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
