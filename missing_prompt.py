@@ -886,7 +886,7 @@ class MCTN(Summarised):
 
     On summaries, not sequences.  Text is encoded, or what is there; with one modality nothing is translated.
     """
-    weight = 0.1                                                     # of the translations
+    lr, weight = 1.1e-4, 0.1                                         # weight of the translations
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
