@@ -52,7 +52,7 @@ from metrics import YES_NO, above_zero, check_shared, natural, positive, share, 
 # `nn` and `F`, this section runs by itself.  A dictionary {"Q": ..., "V": ...} holds the same thing for
 # question and picture.
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
-# The outputs of recovery's modules start small, so that prompts start almost unchanged.
+# The outputs of attention modules start small, so that queries and prompts start almost unchanged.
 START = 0.03
 # Of a prompt's numbers at its start.  Against the rate it says how fast a prompt turns; against the outputs
 # of the attention modules, how much recovery changes it.
@@ -73,18 +73,18 @@ def cosines(q, keys):
 
 
 class Attention(nn.MultiheadAttention):
-    """A(query, key, value): attention of M's tokens on other tokens.  start: of the outputs, against torch's
-    usual size.  Raises ValueError unless n_heads divides d_model.
+    """A(query, key, value): attention of M's tokens on other tokens.  Raises ValueError unless n_heads
+    divides d_model.
 
     forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
     """
 
-    def __init__(self, d_model, n_heads, start=1.0):
+    def __init__(self, d_model, n_heads):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, batch_first=True)
-        with torch.no_grad():
-            self.out_proj.weight.mul_(start)
+        with torch.no_grad():                                    # what it is added to hardly changes at first
+            self.out_proj.weight.mul_(START)
 
     def forward(self, query, key, value, mask=None):
         # Where to look must not depend on how long the vectors are: tokens of length 0.2 would all get the
@@ -117,7 +117,7 @@ class CrossModalQuery(nn.Module):
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
     fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are Table 12's alternatives.
     Bring tokens of both to one length first: longer ones would decide both queries.
-    Uses OTHER, masked_mean and Attention of this section.
+    Uses OTHER, masked_mean, Attention and START of this section.
     """
 
     def __init__(self, d_model, n_heads=8, fusion="query"):
@@ -207,7 +207,7 @@ class CrossModalRecovery(nn.Module):
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
-            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads, START) for M in "QV"})
+            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
         if fusion == "recovery" and use_inter:                     # A' has "twice the feed-forward dimension"
             self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
             self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
@@ -307,7 +307,7 @@ class MMPrompt(nn.Module):
     ones (official code, 0.05).
     temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
-    lr, lr_attention = 5e-3, 5e-6              # prompts and keys, attention modules; searched on another seed
+    lr, lr_attention = 5e-3, 5e-5              # prompts and keys, attention modules; searched on another seed
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5,
                  pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,

@@ -575,8 +575,8 @@ def test_both_modalities_have_a_say_in_a_query_however_long_their_tokens_are():
     q = attend(F_q, F_v, mask, mask)
     swapped = {"Q": attend(F_q, F_v.roll(1, 0), mask, mask)["Q"], "V": attend(F_q.roll(1, 0), F_v, mask, mask)["V"]}
     for M, own in (("Q", F_q), ("V", F_v)):
-        assert F.cosine_similarity(q[M], own.mean(1)).mean() > 0.8
-        assert F.cosine_similarity(q[M], swapped[M]).mean() < 0.97
+        assert F.cosine_similarity(q[M], own.mean(1)).mean() > 0.99  # a small start, which learning may enlarge
+        assert not torch.equal(q[M], swapped[M])
     one_query = made(arguments("l2p-one-pool"), 2)                  # its query is a sum of both means
     F_q, F_v, q_mask, v_mask = tokens(D=16)
     chosen = [one_query(F_q, a * F_v, q_mask, v_mask).chosen["QV"] for a in (1, 20)]
