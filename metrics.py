@@ -608,16 +608,13 @@ RANK, PROCESSES = (int(os.environ.get(name, usual)) for name, usual in (("RANK",
 
 
 def join_processes(args):
-    """Meets the other processes of torchrun; on CUDA each takes a device of its own."""
+    """Meets the other processes of torchrun."""
     import torch
     if PROCESSES == 1:
         return
     args.quiet |= RANK > 0                                           # process 0 speaks
     if torch.distributed.is_initialized():
         return
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
     torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     if RANK:
         sys.stdout = open(os.devnull, "w")
@@ -1312,6 +1309,8 @@ def settle_shared(args):
     if {"cuda": not cuda, "mps": not mps}.get(kind):
         raise InputError(f"--device {args.device}: there is none on this machine; use --device cpu")
     if kind == "cuda":
+        if PROCESSES > 1 and args.device == "cuda":                  # each process has a device of its own
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         number = torch.device(args.device).index or 0
         if number >= torch.cuda.device_count():
             raise InputError(f"--device {args.device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")

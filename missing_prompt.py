@@ -527,8 +527,9 @@ class MissingModalityPrompts(Method):
 
     def edit_gradients(self):
         if self.shared == "first" and self.tasks > 0:
-            for name in ("P_M", "k_avail", "k_miss"):
-                getattr(self.prompts, name).grad = None
+            for p in (self.prompts.P_M, self.prompts.k_avail, self.prompts.k_miss):
+                if p is not None:
+                    p.grad = None
 
     def end_task(self, t, rows):
         self.tasks += 1

@@ -583,6 +583,7 @@ def load_backbone(args, stream):
         pictures = world_regions(stream.extra["regions"]) if built_in else None
     else:
         t5, tokenizer = load_t5(args.backbone)
+        torch.manual_seed(args.seed)
         t5 = type(t5)(t5.config) if args.scratch else t5
         if not args.features and not args.vision:
             raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
@@ -772,8 +773,7 @@ class Triplet(Method):
         for name in names:
             self.register_buffer("before_" + name, torch.zeros(d_model, d_model))
 
-    def begin_task(self, t):
-        super().begin_task(t)
+    def end_task(self):                                              # and not begin_task, which a resumed run repeats
         for name, W in self.interact.items():
             getattr(self, "before_" + name).copy_(W.detach())
 
@@ -1295,7 +1295,7 @@ def parse_args(argv=None):
     g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
     g.add_argument("--alpha", type=weight, default=1.0, help="alpha of Eq. 11, weight of L_inter")
     g.add_argument("--beta", type=weight, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=weight, default=1.0, help="weight of L_qk (official: 0.05)")
+    g.add_argument("--qk-weight", type=weight, default=1.0, help="weight of L_qk (official: 0.01 on this scale)")
     g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
     g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
     g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")

@@ -834,6 +834,7 @@ def test_triplet_adds_fusion_prompts_by_a_matrix_that_stays_near_its_start_of_th
     torch.manual_seed(0)
     method = shake(made(arguments("triplet"), 3))
     F_q, F_v, q_mask, v_mask = tokens(D=16)
+    method.end_task()
     method.begin_task(1)
     assert method(F_q, F_v, q_mask, v_mask).losses["interact"].item() == 0
     old = {name: W.detach().clone() for name, W in method.interact.items()}
