@@ -773,7 +773,7 @@ class Triplet(Method):
         for name in names:
             self.register_buffer("before_" + name, torch.zeros(d_model, d_model))
 
-    def end_task(self):                                              # and not begin_task, which a resumed run repeats
+    def end_task(self):                                  # not begin_task, which a resumed run repeats
         for name, W in self.interact.items():
             getattr(self, "before_" + name).copy_(W.detach())
 
@@ -1230,7 +1230,7 @@ def bench(args):
     sizes = [sum(p.numel() for p in part.parameters()) for part in (mm, dual, backbone.t5.encoder.block)]
     print("parameters: MM-Prompt {:,}, DualPrompt {:,}, frozen encoder blocks {:,} · ".format(*sizes) +
           f"throughput {B / times[names[3]]:.0f} samples/s · peak {metrics.peak_memory_mb():.0f} MiB\n"
-          "paper, Fig. 7, s per 100 samples: MM-Prompt 0.179, DualPrompt 0.158 (ratio 1.13), MaPLe 0.211, Triplet 0.226")
+          "paper, Fig. 7, s per 100: MM-Prompt 0.179, DualPrompt 0.158 (ratio 1.13), MaPLe 0.211, Triplet 0.226")
     return times | bench_data(args, B, *((50, 500) if args.smoke else (20_000, 200_000)))
 
 
