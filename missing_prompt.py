@@ -301,30 +301,28 @@ class MultimodalTransformer(nn.Module):
         keep: a prompt goes in at its group's first layer and stays until the next group takes its place.
         """
         prompts = [*prompts] + [None] * (self.depth - len(prompts))
-        B, done = max(len(x) for x in h.values()), []
-        for m in ("text", "audio", "video"):
-            x = h[m].expand(B, -1, -1) if self.training else h[m]    # dropout differs from row to row
-            own = [p[m] if p else None for p in prompts[:self.layers]]
-            if keep:
-                x = self.walk_and_keep(self.streams[m], x, own)
-            else:
-                for layer, P in zip(self.streams[m], own):
-                    x = layer(x, P)                                  # here the prompts enter, and leave again
-            done.append(x.expand(B, -1, -1))
+        done = [self.stream(m, h, prompts[:self.layers], keep) for m in ("text", "audio", "video")]
         x = torch.cat(done, 1)                                                       # (B, n_l + n_a + n_v, D)
         for layer, P in zip(self.fusion, prompts[self.layers:]):
             x = layer(x, P)
         return self.norm(x[:, 0])                                                    # position 0 is a feature
 
+    def stream(self, m, h, prompts, keep=False):
+        """Modality m through its own layers.  h and keep as above, prompts: an entry per layer -> (B,n,D)"""
+        B = max(len(x) for x in h.values())
+        x = h[m].expand(B, -1, -1) if self.training else h[m]        # dropout differs from row to row
+        own = [p[m] if p else None for p in prompts]
+        if keep:
+            x = self.walk_and_keep(self.streams[m], x, own)
+        else:
+            for layer, P in zip(self.streams[m], own):
+                x = layer(x, P)                                      # here the prompts enter, and leave again
+        return x.expand(B, -1, -1)
+
     def summaries(self, h):
         """One vector for each modality: the mean of its stream's outputs.  h as above -> (B,M,D)"""
-        B, means = max(len(x) for x in h.values()), []
-        for m in MODALITIES:
-            x = h[m].expand(B, -1, -1) if self.training else h[m]
-            for layer in self.streams[m]:
-                x = layer(x)
-            means.append(x.mean(1).expand(B, -1))
-        return torch.stack(means, 1)                                                    # (B,M,D)
+        none = [None] * self.layers
+        return torch.stack([self.stream(m, h, none).mean(1) for m in MODALITIES], 1)    # (B,M,D)
 
     @staticmethod
     def walk_and_keep(layers, x, prompts):

@@ -583,8 +583,9 @@ def load_backbone(args, stream):
         pictures = world_regions(stream.extra["regions"]) if built_in else None
     else:
         t5, tokenizer = load_t5(args.backbone)
-        torch.manual_seed(args.seed)
-        t5 = type(t5)(t5.config) if args.scratch else t5
+        if args.scratch:
+            torch.manual_seed(args.seed)
+            t5 = type(t5)(t5.config)
         if not args.features and not args.vision:
             raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
         pictures = None
@@ -665,6 +666,16 @@ class Joint(Finetune):
     one_stage, epochs, batch, schedule = True, 16, 50, "linear"
 
 
+def own_means(F_q, F_v, q_mask, v_mask):
+    """What the pools of compared methods are asked with: each modality's mean token, 2 x (B,D)."""
+    return {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
+
+
+def joined(q):
+    """One query for both modalities, each counting as much as the other.  2 x (B,D) -> (B,D)"""
+    return F.normalize(q["Q"], dim=-1) + F.normalize(q["V"], dim=-1)
+
+
 class L2P(Method):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
     the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
@@ -679,8 +690,8 @@ class L2P(Method):
         self.weights = {"qk": qk_weight}
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        q["QV"] = F.normalize(q["Q"], dim=-1) + F.normalize(q["V"], dim=-1)  # each counts as much
+        q = own_means(F_q, F_v, q_mask, v_mask)
+        q["QV"] = joined(q)
         prompts, pull, chosen = [], 0, {}
         for M, pool in self.pools.items():
             _, qk, chosen[M] = pool(q[M])
@@ -711,7 +722,7 @@ class DualPrompt(Method):
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         expert, pull, chosen, t = [], 0, {}, self.t
-        for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
+        for M, q in own_means(F_q, F_v, q_mask, v_mask).items():
             keys = self.pools[M + "keys"]                                                        # (T,D)
             if self.training:
                 start = metrics.summed(q.detach().mean(0)) / metrics.PROCESSES
@@ -743,7 +754,7 @@ class CODAPrompt(Method):
                 nn.init.orthogonal_(p.data.view(n, -1))
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
+        q = own_means(F_q, F_v, q_mask, v_mask)
         p, penalty, t = {}, 0, self.t
         for name, pool in self.pools.items():
             old, now = (i * len(pool["key"]) // self.tasks for i in (t, t + 1))        # this task's share
@@ -757,8 +768,8 @@ class CODAPrompt(Method):
 
 
 class Triplet(Method):
-    """Triplet (Qian et al. 2023): pools for questions, pictures and their fusion, each asked with its own query;
-    a matrix brings fusion prompts to the other two, and may not move far within a task.
+    """Triplet (Qian et al. 2023): pools for questions, pictures and their fusion, each with its own query; a
+    matrix brings fusion prompts to the other two, and may not move far within a task.
 
     Simplified: the fusion prompts enter with the other two and not by themselves.
     """
@@ -768,18 +779,15 @@ class Triplet(Method):
         self.layers, self.weights = layers, {"qk": qk_weight, "interact": interact_weight}
         sizes = {**pool_sizes, **{"F" + G: pool_sizes["Q" + G] for G in layers}}
         self.pools = nn.ModuleDict({name: PromptPool(d_model, n, length, top_k) for name, n in sizes.items()})
-        names = [M + G for G in layers for M in "QV"]
-        self.interact = nn.ParameterDict({name: torch.zeros(d_model, d_model) for name in names})
-        for name in names:
-            self.register_buffer("before_" + name, torch.zeros(d_model, d_model))
+        zeros = lambda: nn.ParameterDict({M + G: torch.zeros(d_model, d_model) for G in layers for M in "QV"})
+        self.interact, self.before = zeros(), zeros().requires_grad_(False)
 
     def end_task(self):                                  # not begin_task, which a resumed run repeats
-        for name, W in self.interact.items():
-            getattr(self, "before_" + name).copy_(W.detach())
+        self.before.load_state_dict(self.interact.state_dict())
 
     def forward(self, F_q, F_v, q_mask, v_mask):
-        q = {"Q": masked_mean(F_q, q_mask), "V": masked_mean(F_v, v_mask)}
-        q["F"] = F.normalize(q["Q"], dim=-1) + F.normalize(q["V"], dim=-1)
+        q = own_means(F_q, F_v, q_mask, v_mask)
+        q["F"] = joined(q)
         p, pull, moved, chosen = {}, 0, 0, {}
         for name, pool in self.pools.items():
             p[name], qk, chosen[name] = pool(q[name[0]])                                         # (B,L,D)
@@ -787,14 +795,14 @@ class Triplet(Method):
         for name, W in self.interact.items():
             fused = p["F" + name[1]]
             p[name] = p[name] + fused @ W.T
-            moved = moved + (fused.detach() @ (W - getattr(self, "before_" + name)).T).square().sum(-1).mean()
+            moved = moved + (fused.detach() @ (W - self.before[name]).T).square().sum(-1).mean()
         prompts = {G: torch.cat([p["Q" + G], p["V" + G]], 1) for G in self.layers}
         return Prompts(prompts, {"qk": pull, "interact": moved}, chosen)
 
 
 class CluMo(Method):
-    """CluMo (Cai et al. 2024): mean tokens of each modality fall into clusters, and each pair of a question's and a
-    picture's cluster has its prompt, at the input and kept.
+    """CluMo (Cai et al. 2024): mean tokens of each modality fall into clusters, and each pair of a question's and
+    a picture's cluster has its prompt, at the input and kept.
 
     Simplified: mini-batch k-means while the prompts learn and not before; no distillation from the last model.
     """
@@ -809,7 +817,7 @@ class CluMo(Method):
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         nearest = {}
-        for M, q in (("Q", masked_mean(F_q, q_mask)), ("V", masked_mean(F_v, v_mask))):
+        for M, q in own_means(F_q, F_v, q_mask, v_mask).items():
             keys, count = getattr(self, "keys_" + M), getattr(self, "count_" + M)
             q = F.normalize(q.detach(), dim=-1)
             if self.training:
@@ -1210,8 +1218,8 @@ def bench(args):
     mm = MMPrompt(D, length=args.length).to(args.device).eval()
     dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
-    sizes = {"QG": 40, "QE": 60, "VG": 80, "VE": 120}
-    more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, sizes, mm.layers, args.length)}
+    pools = {name: len(pool.keys) for name, pool in mm.pools.items()}
+    more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, pools, mm.layers, args.length)}
     jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x),
             "query + selection + recovery (Eq. 1-10)": lambda: mm(*x), "DualPrompt's prompts": lambda: dual(*x),
             "encoder with MM-Prompt": lambda: backbone.encode(*x, mm),
@@ -1295,7 +1303,7 @@ def parse_args(argv=None):
     g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
     g.add_argument("--alpha", type=weight, default=1.0, help="alpha of Eq. 11, weight of L_inter")
     g.add_argument("--beta", type=weight, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=weight, default=1.0, help="weight of L_qk (official: 0.01 on this scale)")
+    g.add_argument("--qk-weight", type=weight, default=1.0, help="weight of L_qk (official: 0.01 here)")
     g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
     g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
     g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")

@@ -542,9 +542,10 @@ def load_backbone(args, stream=None):
 #   begin_task(token_embeddings, generator)   once a task, before it is learned
 #   forward(x_v, x_t) -> prefix, losses       a step of training
 #   select(x_v, x_t) -> prefix, chosen        an answer
-#   compare(logits, labels, again) -> losses  a step of training, for what looks at outputs; again() computes them
-#   remember(vlm, samples)                    after a task, for what looks at its samples
 #   end_task()                                freezes what belongs to the task
+# and two that few have:
+#   compare(logits, labels, again) -> losses  a step of training: looks at outputs; again() computes them anew
+#   remember(vlm, samples)                    after a task: looks at its samples
 # Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real
 # backbones; needs_guidance, whether CLIP has to look; one_stage, whether it learns all tasks at once.  A
 # constructor asks by name for what it needs: see build_method.
@@ -559,12 +560,6 @@ class Method(nn.Module):
         self.width = width
 
     def begin_task(self, token_embeddings, generator=None):
-        pass
-
-    def compare(self, logits, labels, again):
-        return {}
-
-    def remember(self, vlm, samples):
         pass
 
     def end_task(self):
@@ -685,8 +680,7 @@ class LwF(Finetune):
     def end_task(self):
         self.tasks += 1
         for old, new in zip(self.old, (self.lora.A, self.lora.B)):
-            for o, n in zip(old, new):
-                o.data.copy_(n.data)
+            old.load_state_dict(new.state_dict())
 
 
 class MoELoRA(Method):
@@ -920,7 +914,7 @@ def learn_task(args, backbone, method, task, run):
     lengths = [len(vlm.answer_ids(s)) for s in samples]                  # answer tokens: Eq. 5 is their mean
     steps = math.ceil(len(samples) / args.batch)
     warm = max(1, round(0.03 * args.epochs * steps))
-    compare = getattr(method, "compare", lambda *_: {})                  # the paper's class has none
+    compare = getattr(method, "compare", lambda *_: {})
     for epoch in run.epochs(args.epochs, learning, optimizer, task.name):
         dice = torch.Generator().manual_seed(args.seed * 1_000_003 + run.stage * 1009 + epoch)
         order, total = torch.randperm(len(samples), generator=dice), 0.0
