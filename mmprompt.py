@@ -189,17 +189,18 @@ class CrossModalRecovery(nn.Module):
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
     fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
-    mask_granularity: whether Eq. 4 hides a "token" or a "feature".
+    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  only_hidden: what was not hidden stays as it
+    was selected (official code), so recovery reaches mask_ratio of the tokens and none at test.
     Uses OTHER, Attention, SelfAttention and START of this section.
     """
 
     def __init__(self, d_model, n_heads=8, mask_ratio=0.05, use_intra=True, use_inter=True, fusion="recovery",
-                 w_res="matrix", mask_granularity="token", res_scale=0.1):
+                 w_res="matrix", mask_granularity="token", res_scale=0.1, only_hidden=False):
         super().__init__()
         if fusion not in ("recovery", "plus", "mean", "hadamard", "cross-attention"):
             raise ValueError(f"no recovery fusion {fusion!r}")
         self.delta, self.use_intra, self.use_inter, self.fusion = mask_ratio, use_intra, use_inter, fusion
-        self.granularity, self.res_scale = mask_granularity, res_scale
+        self.granularity, self.res_scale, self.only_hidden = mask_granularity, res_scale, only_hidden
         if fusion == "recovery" and use_intra:
             self.intra = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 2 * d_model) for M in "QV"})
             # a matrix starts as the identity, a vector with length 1: both are "orthogonal" in the sense of
@@ -221,6 +222,8 @@ class CrossModalRecovery(nn.Module):
         p_hat = self.hide(p)                                                                     # Eq. 4
         p_intra, L_intra = self.recover_intra(p_hat, p) if self.use_intra else (p_hat, nothing)  # Eq. 5-6
         p_final, L_inter = self.recover_inter(p_intra, p) if self.use_inter else (p_intra, nothing)  # Eq. 7-10
+        if self.only_hidden:
+            p_final = {M: torch.where(p_hat[M] == p[M], p[M], p_final[M]) for M in "QV"}
         return p_final, L_intra, L_inter
 
     def hide(self, p):
@@ -303,9 +306,7 @@ class MMPrompt(nn.Module):
     keep: prompts stay in the sequence after their block (official code).
     learn_query, learn_recovery: when Eq. 1 and Eq. 5-9 learn: "always", in the "first" task only, so that old
     questions keep their prompts, or "never".
-    recovered: share of training samples whose recovered prompts enter, the rest and the test get the selected
-    ones (official code, 0.05).
-    temperature of Eq. 3.  query_fusion, recovery_fusion: Tables 12 and 13.
+    temperature of Eq. 3.  only_hidden: see CrossModalRecovery.  query_fusion, recovery_fusion: Tables 12 and 13.
     """
     lr, lr_attention = 5e-3, 5e-5              # prompts and keys, attention modules; searched on another seed
 
@@ -314,9 +315,9 @@ class MMPrompt(nn.Module):
                  use_inter=True, alpha=1.0, beta=0.3, qk_weight=1.0, temperature=1.0,
                  layers={"G": (1, 2), "E": (3, 4, 5)}, keep=False, query_fusion="query",
                  recovery_fusion="recovery", w_res="matrix", mask_granularity="token", learn_query="always",
-                 learn_recovery="always", recovered=1.0):
+                 learn_recovery="always", only_hidden=False):
         super().__init__()
-        self.layers, self.keep, self.recovered = dict(layers), keep, recovered
+        self.layers, self.keep = dict(layers), keep
         self.learn_query, self.learn_recovery = learn_query, learn_recovery
         self.weights = {"qk": qk_weight, "inter": alpha, "intra": beta}                          # of Eq. 11
         self.query = CrossModalQuery(d_model, n_heads, query_fusion if use_query else "none")
@@ -324,7 +325,7 @@ class MMPrompt(nn.Module):
                                     for name, size in pool_sizes.items()})
         self.recovery = nn.ModuleDict({
             G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter, recovery_fusion, w_res,
-                                  mask_granularity) for G in "GE"})
+                                  mask_granularity, only_hidden=only_hidden) for G in "GE"})
 
     def begin_task(self, t):
         for part, when in ((self.query, self.learn_query), (self.recovery, self.learn_recovery)):
@@ -345,9 +346,6 @@ class MMPrompt(nn.Module):
                 out.losses["qk"] = out.losses["qk"] + qk
             # Then the two are brought together.                                                      Eq. 4-10
             p_final, intra, inter = self.recovery[G](p)                                          # 2 x (B,L,D)
-            if self.recovered < 1:
-                some = torch.rand(len(F_q), 1, 1, device=F_q.device) < self.recovered * self.training
-                p_final = {M: torch.where(some, p_final[M], p[M]) for M in "QV"}
             out.prompts[G] = torch.cat([p_final["Q"], p_final["V"]], 1)                          # (B,2L,D)
             out.losses["intra"] = out.losses["intra"] + intra
             out.losses["inter"] = out.losses["inter"] + inter
@@ -828,10 +826,12 @@ class CluMo(Method):
 
     @staticmethod
     def cluster(q, keys, count):
-        """A step of mini-batch k-means: each centre becomes the mean of all queries (B,D) it ever got."""
-        if not count.any():                                          # the first queries are the first centres
-            first = q[torch.arange(len(keys), device=q.device) % len(q)]
-            keys.copy_(metrics.summed(first * (metrics.RANK == 0)))
+        """A step of mini-batch k-means: each centre becomes the mean of all queries (B,D) it ever got.  One that
+        gets few starts again at the query that is farthest from all centres: the first task would keep all."""
+        few = (count <= 0.1 * count.mean()).nonzero()[:, 0]
+        far = cosines(q, keys).amax(-1).argsort(stable=True)[torch.arange(len(few), device=q.device) % len(q)]
+        keys[few] = metrics.summed(q[far] * (metrics.RANK == 0))     # the same centres in every process
+        count[few] = 0.2 * count.mean()                              # time to find its own
         own = F.one_hot(cosines(q, keys).argmax(-1), len(keys)).to(q.dtype)                      # (B,n)
         count += metrics.summed(own.sum(0))
         keys += metrics.summed(own.T @ q - own.sum(0)[:, None] * keys) / count.clamp(min=1)[:, None]
@@ -1126,9 +1126,9 @@ DI, CI = {"setting": "DI"}, {"setting": "CI"}
 NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
 # What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one
-# token that stay in the sequence, recovered ones in 5 % of the samples, a hundredth of L_qk.
+# token that stay in the sequence, recovered ones where they were hidden (5 %), a hundredth of L_qk.
 OFFICIAL = {**DI, "scratch": True, "train_decoder": True, "train_vision": "never", "length": 1,
-            "qk_weight": 0.01, "options": {"keep": True, "recovered": 0.05}}
+            "qk_weight": 0.01, "options": {"keep": True, "only_hidden": True}}
 PAPERS = "; the paper's numbers are its VQA v2"
 TICKS = PAPERS + ", its tick marks reconstructed from the prose"
 

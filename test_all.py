@@ -874,6 +874,19 @@ def test_clumo_clusters_queries_and_has_a_prompt_for_each_pair():
     assert torch.equal(out.prompts["G"][4], method.pools["pairs"][pair[0], pair[1]])
 
 
+def test_clumo_makes_room_for_the_queries_of_later_tasks():
+    """The first batch makes all centres; later tasks' questions lie elsewhere and need centres of their own."""
+    torch.manual_seed(0)
+    keys, count = torch.zeros(10, 32), torch.zeros(10)
+    common, means = torch.randn(32), torch.randn(5, 32)              # all questions have something in common
+    draw = lambda task: F.normalize(3 * common + means[task] + 0.5 * torch.randn(25, 32), dim=-1)
+    for task in range(5):
+        for _ in range(20):
+            mmprompt.CluMo.cluster(draw(task), keys, count)
+    near = [mmprompt.cosines(draw(task), keys).argmax(-1).bincount().argmax().item() for task in range(5)]
+    assert len(set(near)) == 5
+
+
 def test_coda_shares_a_pool_out_to_the_last_component():
     args = arguments("coda", pool_sizes=[7, 7, 7, 7])
     method, own = made(args, 3), []
@@ -1456,15 +1469,19 @@ def test_a_part_may_stop_learning_after_the_first_task_or_never_begin(part, when
         assert moved == {"query", "recovery", "pools"} - ({part} if t or when == "never" else set())
 
 
-def test_official_rows_recover_some_samples_in_training_and_none_at_test():
+def test_official_rows_recover_what_is_hidden_in_training_and_nothing_at_test():
     torch.manual_seed(0)
-    method = shake(mmprompt.MMPrompt(16, 2, recovered=0.3, mask_ratio=0.0))
+    method = shake(mmprompt.MMPrompt(16, 2, length=1, only_hidden=True, mask_ratio=0.3))
     F_q, F_v = torch.randn(200, 3, 16), torch.randn(200, 3, 16)
     mask = torch.ones(200, 3, dtype=torch.bool)
     plain = {M: method.pools[M + "G"](q)[0] for M, q in method.query(F_q, F_v, mask, mask).items()}
-    plain = torch.cat([plain["Q"], plain["V"]], 1)
-    other = lambda: (method(F_q, F_v, mask, mask).prompts["G"] != plain).flatten(1).any(1).double().mean().item()
-    assert other() == pytest.approx(0.3, abs=0.1) and method.eval() and other() == 0
+    recovery, hide = method.recovery["G"], method.recovery["G"].hide
+    recovery.hide = lambda p: drawn.append(hide(p)) or drawn[-1]
+    drawn, plain = [], torch.cat([plain["Q"], plain["V"]], 1)
+    other = lambda: (method(F_q, F_v, mask, mask).prompts["G"] != plain).flatten(1).any(1)
+    recovered = other()
+    assert recovered.double().mean().item() == pytest.approx(0.3, abs=0.1)
+    assert torch.equal(recovered, (drawn[0]["Q"] == 0).flatten(1).all(1)) and method.eval() and not other().any()
     weights = [mmprompt.load_backbone(mmprompt.settle(Namespace(**{**vars(arguments("mmprompt")), "backbone": "mini", "scratch": s})),
                                       mmprompt.load_stream(arguments("mmprompt", sizes=[240, 80, 160]))) for s in (False, True)]
     assert not torch.equal(*(w.t5.encoder.block[0].layer[0].SelfAttention.q.weight for w in weights))
