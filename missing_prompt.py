@@ -819,12 +819,18 @@ class MISA(Summarised):
 
     def loss(self, b):
         output, h, (shared, private) = self.predict(b)
-        pairs = list(itertools.combinations(range(len(MODALITIES)), 2))
-        alike = sum(moments_apart(shared[:, i], shared[:, j]) for i, j in pairs) / len(pairs)
-        overlap = sum(crossing(shared[:, i], private[:, i]) for i in range(len(MODALITIES)))
-        overlap = overlap + sum(crossing(private[:, i], private[:, j]) for i, j in pairs)
+        M, there = range(len(MODALITIES)), b.present                                    # (B,M)
+
+        def on(f, x, i, y, j):                                       # of the samples that have both modalities
+            rows = there[:, i] & there[:, j]
+            return f(x[rows, i], y[rows, j]) if rows.sum() > 1 else 0.0
+        pairs = list(itertools.combinations(M, 2))
+        alike = sum(on(moments_apart, shared, i, shared, j) for i, j in pairs) / len(pairs)
+        overlap = sum(on(crossing, shared, i, private, i) for i in M)
+        overlap = overlap + sum(on(crossing, private, i, private, j) for i, j in pairs)
         rebuilt = torch.stack([f(shared[:, i] + private[:, i]) for i, f in enumerate(self.rebuild)], 1)
-        return self.store.loss(output, b.y) + self.weight * (alike + overlap + F.mse_loss(rebuilt, h.detach()))
+        again = F.mse_loss(rebuilt[there], h.detach()[there])
+        return self.store.loss(output, b.y) + self.weight * (alike + overlap + again)
 
 
 def moments_apart(x, y, orders=5):
