@@ -326,6 +326,7 @@ class MMPrompt(nn.Module):
         self.recovery = nn.ModuleDict({
             G: CrossModalRecovery(d_model, n_heads, mask_ratio, use_intra, use_inter, recovery_fusion, w_res,
                                   mask_granularity, only_hidden=only_hidden) for G in "GE"})
+        self.begin_task(0)                                           # what learns, for whoever counts it
 
     def begin_task(self, t):
         for part, when in ((self.query, self.learn_query), (self.recovery, self.learn_recovery)):

@@ -544,7 +544,8 @@ def load_backbone(args, stream=None):
 #   select(x_v, x_t) -> prefix, chosen        an answer
 #   end_task()                                freezes what belongs to the task
 # and two that few have:
-#   compare(logits, labels, again) -> losses  a step of training: looks at outputs; again() computes them anew
+#   compare(logits, labels, again) -> loss    a step of training: summed over answer tokens, as Eq. 5's is before
+#                                             it is their mean; again() computes the logits anew
 #   remember(vlm, samples)                    after a task: looks at its samples
 # Class attributes: lr, the rate on mini-CoIN (each the best of a grid); lr_large, the paper's, on real
 # backbones; needs_guidance, whether CLIP has to look; one_stage, whether it learns all tasks at once.  A
@@ -668,14 +669,13 @@ class LwF(Finetune):
 
     def compare(self, logits, labels, again):
         if not self.tasks:
-            return {}
+            return 0.0
         with torch.no_grad():
             self.swap()
             before, here = again()[0], labels != -100
             self.swap()
         new, old = (x[here] / 2 for x in (logits, before))                               # (tokens,V)
-        kl = F.kl_div(new.log_softmax(-1), old.softmax(-1), reduction="batchmean")
-        return {"lwf": self.weight * 4 * kl}
+        return self.weight * 4 * F.kl_div(new.log_softmax(-1), old.softmax(-1), reduction="sum")
 
     def end_task(self):
         self.tasks += 1
@@ -914,7 +914,7 @@ def learn_task(args, backbone, method, task, run):
     lengths = [len(vlm.answer_ids(s)) for s in samples]                  # answer tokens: Eq. 5 is their mean
     steps = math.ceil(len(samples) / args.batch)
     warm = max(1, round(0.03 * args.epochs * steps))
-    compare = getattr(method, "compare", lambda *_: {})
+    compare = getattr(method, "compare", lambda *_: 0.0)
     for epoch in run.epochs(args.epochs, learning, optimizer, task.name):
         dice = torch.Generator().manual_seed(args.seed * 1_000_003 + run.stage * 1009 + epoch)
         order, total = torch.randperm(len(samples), generator=dice), 0.0
@@ -935,8 +935,8 @@ def learn_task(args, backbone, method, task, run):
                 prefix, losses = method(x_v.to(vlm.device), x_t.to(vlm.device))                  # Eq. 2-4, 6
                 logits, labels = vlm.logits(part, prefix, items)
                 language = language_loss(logits, labels)                                         # Eq. 5
+                language = language + compare(logits, labels, lambda: vlm.logits(part, prefix, items))
                 language = language / n_tokens if weight else 0.0 * language
-                losses |= compare(logits, labels, lambda: vlm.logits(part, prefix, items))
                 loss = total_loss(language, losses, args.own_weight * weight)                    # Eq. 7
                 value = metrics.summed(loss.detach()).item()
                 run.check(value, step, optimizer)
