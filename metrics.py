@@ -449,7 +449,8 @@ def from_pretrained(cls, name, flag, **more):
     from safetensors import SafetensorError
     try:
         return cls.from_pretrained(name, **more)
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as e:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, SafetensorError,
+            pickle.UnpicklingError) as e:                            # TypeError: a configuration that is no object
         why = (str(e).strip() or "empty").splitlines()[0][:160]
         raise InputError(f"{flag} {name}: cannot be loaded ({why}); give a Hugging Face id (needs the network once) or a "
                          "folder written by save_pretrained") from None

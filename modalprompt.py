@@ -935,7 +935,8 @@ def learn_task(args, backbone, method, task, run):
                 prefix, losses = method(x_v.to(vlm.device), x_t.to(vlm.device))                  # Eq. 2-4, 6
                 logits, labels = vlm.logits(part, prefix, items)
                 language = language_loss(logits, labels)                                         # Eq. 5
-                language = language + compare(logits, labels, lambda: vlm.logits(part, prefix, items))
+                kept = compare(logits, labels, lambda: vlm.logits(part, prefix, items))
+                language = language + args.own_weight * kept
                 language = language / n_tokens if weight else 0.0 * language
                 loss = total_loss(language, losses, args.own_weight * weight)                    # Eq. 7
                 value = metrics.summed(loss.detach()).item()
@@ -1256,6 +1257,8 @@ def parse_args(argv=None):
     g.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")
     g.add_argument("--prompts", help="prompts.safetensors of a finished run, for --answer")
     args = p.parse_args(argv)
+    if args.prompts and not args.answer:
+        raise InputError("--prompts is for --answer IMAGE QUESTION; --resume goes on with a run")
     args.options = {}                                                 # arguments of a class that have no flag
     args.out = args.out or f"runs/modalprompt-{'tables' if args.table else args.method}"
     return metrics.check_shared(args, p, ["sizes", "epochs", "batch", "eval_batch"])

@@ -1701,8 +1701,11 @@ def test_folders_and_weights_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     tiny_t5().save_pretrained(tmp_path / "t5")
     (tmp_path / "t5/model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="--backbone .*t5: cannot be loaded"):
-        mmprompt.load_t5(str(tmp_path / "t5"))
+    (tmp_path / "null").mkdir()
+    (tmp_path / "null/config.json").write_text("null")
+    for name in ("t5", "null"):
+        with pytest.raises(InputError, match=f"--backbone .*{name}: cannot be loaded"):
+            mmprompt.load_t5(str(tmp_path / name))
     program = ("import sys, metrics, pathlib\nfrom tqdm import tqdm\ndef main():\n    bar = tqdm(range(3), desc='task 1', leave=False)\n"
                "    metrics.Run(pathlib.Path(sys.argv[1]), {})\nmetrics.run_cli(main)")
     for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 99)):
@@ -3590,7 +3593,7 @@ def test_modal_clear_errors(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, words in ((["--method", "tailor"], "choose from"), (["--lam", "2"], "--lam"), (["--batch", "0"], "--batch"),
                          (["--sizes", "0", "1", "1"], "--sizes"), (["--backbone", "nowhere/at-all", "--clip", "x"], "nowhere/at-all"), (["--data", "coin"], "--root"),
-                         (["--answer", "x.png", "what"], "--prompts"), (["--backbone", "nowhere/at-all"], "--clip")):
+                         (["--answer", "x.png", "what"], "--prompts"), (["--prompts", "x"], "--answer"), (["--backbone", "nowhere/at-all"], "--clip")):
         with pytest.raises(data.InputError, match=words):
             modal.main(flags)
     (tmp_path / "bad.safetensors").write_bytes(b"no")
