@@ -1149,6 +1149,9 @@ TABLES = {
            for i, setting in enumerate(SETTINGS) for method in METHODS  # DI's tasks are CI's; joint knows none
            if (setting, method) not in (("DI", "none"), ("DI", "joint"), ("QI", "joint"))]),
     "2": ("Table 2 on mini" + TICKS, "CQ + CR", [ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)), OURS]),
+    "settings": ("Isolated prompts in each setting, on mini", "{} CQ + CR", [
+        (f"{setting} {label}", {**own, "setting": setting}, None) for setting in SETTINGS
+        for label, own, _ in (ISOLATED, OURS)]),
     "query": ("Eq. 1 or recovery learned in the first task only, on mini" + PAPERS, "CQ + CR", [
         ISOLATED, ("CQ", NO_RECOVERY, (34.990, 0.588)),
         ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"learn_query": "first"}}, None),
