@@ -3756,6 +3756,7 @@ VERDICTS = [("A 71.9", "mmprompt/table1", "CI mmprompt", "A"), ("CODA-Prompt 73.
             ("picture 42.0", "modalprompt/table3", "image", "Last"), ("text 48.1", "modalprompt/table3", "text", "Last"),
             ("AA 71.4, FM", "missing_prompt/table2", "ours", "AA"), ("FM 4.9; MPLMM", "missing_prompt/table2", "ours", "FM_diag"),
             ("MPLMM 77.8", "missing_prompt/table2", "MPLMM", "AA"), ("EWC 76.7", "missing_prompt/table2", "EWC", "AA"),
+            ("layers, reach 74.9", "missing_prompt/tablewhy", "TS alone, in layers 1 2 3", "AA"),
             ("S-Prompts 72.8", "missing_prompt/table2", "S-Prompts", "AA"),
             ("(73.1,", "missing_prompt/table2", "lower bound", "AA"), ("78.2)", "missing_prompt/table2", "upper bound", "AA"),
             ("AA 71.4 to", "missing_prompt/table4", "without L_con", "AA"), ("to 71.4,", "missing_prompt/table4", "default", "AA"),
