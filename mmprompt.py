@@ -189,8 +189,8 @@ class CrossModalRecovery(nn.Module):
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
     fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
-    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  only_hidden: what was not hidden stays as it
-    was selected (official code), so recovery reaches mask_ratio of the tokens and none at test.
+    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  only_hidden: what was not hidden stays
+    as it was selected (official code), so recovery reaches mask_ratio of the tokens and none at test.
     Uses OTHER, Attention, SelfAttention and START of this section.
     """
 
@@ -306,7 +306,8 @@ class MMPrompt(nn.Module):
     keep: prompts stay in the sequence after their block (official code).
     learn_query, learn_recovery: when Eq. 1 and Eq. 5-9 learn: "always", in the "first" task only, so that old
     questions keep their prompts, or "never".
-    temperature of Eq. 3.  only_hidden: see CrossModalRecovery.  query_fusion, recovery_fusion: Tables 12 and 13.
+    temperature of Eq. 3.  only_hidden: see CrossModalRecovery.
+    query_fusion, recovery_fusion: Tables 12 and 13.
     """
     # prompts and keys, Eq. 1, recovery; searched on another seed.  Eq. 1 learns through the weights of Eq. 3
     # alone: at the rate of the recovery its query never comes to look at the other modality.
@@ -830,8 +831,9 @@ class CluMo(Method):
 
     @staticmethod
     def cluster(q, keys, count):
-        """A step of mini-batch k-means: each centre becomes the mean of all queries (B,D) it ever got.  One that
-        gets few starts again at the query that is farthest from all centres: the first task would keep all."""
+        """A step of mini-batch k-means: each centre becomes the mean of all queries (B,D) it ever got.
+
+        One that gets few starts again at the query farthest from all centres: the first task would keep all."""
         few = (count <= 0.1 * count.mean()).nonzero()[:, 0]
         far = cosines(q, keys).amax(-1).argsort(stable=True)[torch.arange(len(few), device=q.device) % len(q)]
         keys[few] = metrics.summed(q[far] * (metrics.RANK == 0))     # the same centres in every process
@@ -904,12 +906,14 @@ def what_learns(args, backbone, method, t):
 def make_optimizer(args, learning):
     """AdamW with a rate for each kind: prompts and keys, Eq. 1, attention modules, backbone (its eyes too).
     No decay on prompts and keys: it would shrink those that this task never touches."""
-    rates = {"pools": args.lr, "query": args.lr_query, "attention": args.lr_attention, "backbone": args.lr_backbone}
+    rates = {"pools": args.lr, "query": args.lr_query, "attention": args.lr_attention,
+             "backbone": args.lr_backbone}
     groups = {kind: {"params": [], "lr": rate, "weight_decay": args.weight_decay} for kind, rate in rates.items()}
     groups["pools"]["weight_decay"] = 0.0
     for name, p in learning.items():
         part, rest = name.split(".", 1)
-        kind = next((k for k in ("pools", "query") if k in rest), "attention") if part == "method" else "backbone"
+        own = next((kind for kind in ("pools", "query") if kind in rest), "attention")
+        kind = own if part == "method" else "backbone"
         groups[kind]["params"].append(p)
     groups = [group for group in groups.values() if group["params"]]
     return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
@@ -1287,7 +1291,8 @@ def settle(args):
     kind = METHODS[args.method]
     args.lr = kind.lr if args.lr is None else args.lr
     long = 4 if args.setting == "DI" else 6        # a table trains until more epochs would change little
-    usual = {"lr_query": 5e-4, "lr_attention": 5e-5, "lr_backbone": 1e-4, "epochs": long if args.table else 2, "batch": 25}
+    usual = {"lr_query": 5e-4, "lr_attention": 5e-5, "lr_backbone": 1e-4, "batch": 25,
+             "epochs": long if args.table else 2}
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(kind, name, value))
@@ -1325,7 +1330,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("training of MM-Prompt")
     g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
     g.add_argument("--lr-query", type=above_zero, help="of Eq. 1")
-    g.add_argument("--lr-attention", type=above_zero, help="of recovery, and of what compared methods have besides prompts")
+    g.add_argument("--lr-attention", type=above_zero, help="of recovery; of compared methods, beside prompts")
     g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
     g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv), p, ["sizes"])
