@@ -906,15 +906,12 @@ def what_learns(args, backbone, method, t):
 def make_optimizer(args, learning):
     """AdamW with a rate for each kind: prompts and keys, Eq. 1, attention modules, backbone (its eyes too).
     No decay on prompts and keys: it would shrink those that this task never touches."""
-    rates = {"pools": args.lr, "query": args.lr_query, "attention": args.lr_attention,
-             "backbone": args.lr_backbone}
-    groups = {kind: {"params": [], "lr": rate, "weight_decay": args.weight_decay} for kind, rate in rates.items()}
-    groups["pools"]["weight_decay"] = 0.0
+    rates = {"pools.": args.lr, "method.query.": args.lr_query, "method.": args.lr_attention,
+             "backbone.": args.lr_backbone}
+    groups = {part: {"params": [], "lr": rate, "weight_decay": args.weight_decay} for part, rate in rates.items()}
+    groups["pools."]["weight_decay"] = 0.0
     for name, p in learning.items():
-        part, rest = name.split(".", 1)
-        own = next((kind for kind in ("pools", "query") if kind in rest), "attention")
-        kind = own if part == "method" else "backbone"
-        groups[kind]["params"].append(p)
+        groups[next(part for part in rates if part in name)]["params"].append(p)        # the first that fits
     groups = [group for group in groups.values() if group["params"]]
     return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
 
@@ -1291,7 +1288,7 @@ def settle(args):
     kind = METHODS[args.method]
     args.lr = kind.lr if args.lr is None else args.lr
     long = 4 if args.setting == "DI" else 6        # a table trains until more epochs would change little
-    usual = {"lr_query": 5e-4, "lr_attention": 5e-5, "lr_backbone": 1e-4, "batch": 25,
+    usual = {"lr_query": None, "lr_attention": 5e-5, "lr_backbone": 1e-4, "batch": 25,
              "epochs": long if args.table else 2}
     for name, value in usual.items():
         if getattr(args, name) is None:
