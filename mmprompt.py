@@ -1130,8 +1130,8 @@ PAPER_1 = {                                                          # Table 1: 
     "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
 OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))        # the method itself, a row of nearly every table
 DI, CI = {"setting": "DI"}, {"setting": "CI"}
-NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
-ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False, "lr": 5e-3}, (34.172, 1.310))  # its own best rate
+NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False, "lr": 5e-3}      # the best rate without it
+ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
 # What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one
 # token that stay in the sequence, recovered ones where they were hidden (5 %), a hundredth of L_qk.
 OFFICIAL = {**DI, "scratch": True, "train_decoder": True, "train_vision": "never", "length": 1,
