@@ -312,6 +312,7 @@ class MMPrompt(nn.Module):
     # prompts and keys, Eq. 1, recovery; searched on another seed.  Eq. 1 learns through the weights of Eq. 3
     # alone: at the rate of the recovery its query never comes to look at the other modality.
     lr, lr_query, lr_attention = 1.25e-3, 5e-4, 5e-5
+    lr_without_recovery = 5e-3                            # the ablation's own best
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5,
                  pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
@@ -907,12 +908,12 @@ def what_learns(args, backbone, method, t):
 def make_optimizer(args, learning):
     """AdamW with a rate for each kind: prompts and keys, Eq. 1, attention modules, backbone (its eyes too).
     No decay on prompts and keys: it would shrink those that this task never touches."""
-    rates = {"pools.": args.lr, "method.query.": args.lr_query, "method.": args.lr_attention,
+    rates = {"method.pools.": args.lr, "method.query.": args.lr_query, "method.": args.lr_attention,
              "backbone.": args.lr_backbone}
     groups = {part: {"params": [], "lr": rate, "weight_decay": args.weight_decay} for part, rate in rates.items()}
-    groups["pools."]["weight_decay"] = 0.0
+    groups["method.pools."]["weight_decay"] = 0.0
     for name, p in learning.items():
-        groups[next(part for part in rates if part in name)]["params"].append(p)        # the first that fits
+        groups[next(part for part in rates if name.startswith(part))]["params"].append(p)  # the first that fits
     groups = [group for group in groups.values() if group["params"]]
     return torch.optim.AdamW(groups, fused=torch.device(args.device).type in ("cpu", "cuda"))
 
@@ -1130,7 +1131,7 @@ PAPER_1 = {                                                          # Table 1: 
     "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
 OURS = ("CQ + CR", {"setting": "DI"}, (36.223, 0.447))        # the method itself, a row of nearly every table
 DI, CI = {"setting": "DI"}, {"setting": "CI"}
-NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False, "lr": 5e-3}      # the best rate without it
+NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
 # What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one
 # token that stay in the sequence, recovered ones where they were hidden (5 %), a hundredth of L_qk.
@@ -1287,7 +1288,9 @@ def settle(args):
     """Fills in the defaults that depend on the method, for one run: its class knows what suits it."""
     metrics.settle_shared(args)
     kind = METHODS[args.method]
-    args.lr = kind.lr if args.lr is None else args.lr
+    recovers = args.use_intra or args.use_inter
+    own = kind.lr if recovers else getattr(kind, "lr_without_recovery", kind.lr)
+    args.lr = own if args.lr is None else args.lr
     long = 4 if args.setting == "DI" else 6        # a table trains until more epochs would change little
     usual = {"lr_query": None, "lr_attention": 5e-5, "lr_backbone": 1e-4, "batch": 25,
              "epochs": long if args.table else 2}

@@ -1508,6 +1508,9 @@ def test_seeds_of_the_small_backbone_differ_and_a_seed_repeats_itself():
 
 def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypatch, capsys):
     """Two tables of the paper have rows with the same flags: one run serves both.  What is finished is not run again."""
+    rate = lambda *flags: mmprompt.settle(metrics.with_seed(mmprompt.parse_args(["--device", "cpu", *flags]))).lr
+    without = ["--no-use-intra", "--no-use-inter"]                   # an ablation has its own best rate, unless told
+    assert rate() == rate("--no-use-intra") == 1.25e-3 and rate(*without) == 5e-3 and rate(*without, "--lr", "1e-2") == 1e-2
     calls = []
 
     def fake(args, folder):
@@ -1529,8 +1532,8 @@ def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypa
     assert "| CQ + CR | 52.00 ± 1.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | - | - | 36.223 / 0.447 | 3 | 0.0 |" in text
     assert "| isolated prompts | 51.00 ± 1.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | -1.00 ± 0.00 (0/3, 0.250) | +0.00 ± 0.00 (0/3, 1.000) |" in text
     assert text in capsys.readouterr().out
-    table("2", 0, 1, 2, more=["--weight-decay", "0.02"])             # another setting: other runs, the old ones stay
-    assert len(calls) == 22
+    table("2", 0, 1, 2, more=["--lr", "1e-2"])                       # another setting: other runs, the old ones stay
+    assert len(calls) == 22 and calls[-1][4] == mmprompt.MMPrompt.lr_attention                  # rates that do different work are not tied
     with pytest.raises(InputError, match="--rows of table 2 are: isolated prompts, CQ, CQ"):
         table("2", 0, more=["--rows", "CQ", "no such row"])
 
