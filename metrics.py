@@ -1140,6 +1140,8 @@ class Table:
             raise InputError(f"--rows of table {args.table} are: {', '.join(labels)}")
         for job, (label, changes, _) in itertools.product(_repetitions(args), rows):
             changes = {**changes, **job, "quiet": True, "resume": True}
+            if args.smoke:                                           # tiny: not as long as the row asks
+                changes["epochs"] = args.epochs
             one = settle(argparse.Namespace(**{**vars(args), **changes}))
             name = "-".join([one.method, *(f"{k}{v}" for k, v in job.items()), digest(deciding(one))])
             self.plan.append((label, tuple(job.values()), one, self.folder / "runs" / name))

@@ -1011,7 +1011,7 @@ def replay(args, past):
 @torch.no_grad()
 def evaluate(args, backbone, method, samples, modality=None):
     """{"score", "f1" (of tokens), both in points, "chosen": {pool: {prompt: how often}}}.  Each prediction
-    depends on its own sample alone.  modality: what the encoder sees, default --modality."""
+    depends on its own sample alone.  modality: what the encoder sees, default args.modality."""
     method.eval()
     own, told = metrics.mine(samples)[0], []                       # of each sample: score, F1, chosen prompts
     parts = [own[i:i + args.eval_batch] for i in range(0, len(own), args.eval_batch)]
@@ -1318,7 +1318,6 @@ def parse_args(argv=None):
     g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
     g.add_argument("--alpha", type=weight, default=1.0, help="alpha of Eq. 11, weight of L_inter")
     g.add_argument("--beta", type=weight, default=0.3, help="beta of Eq. 11, weight of L_intra")
-    g.add_argument("--qk-weight", type=weight, default=1.0, help="weight of L_qk (official: 0.01 here)")
     g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
     g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
     g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")
@@ -1326,8 +1325,6 @@ def parse_args(argv=None):
     g.add_argument("--use-intra", default=True, action=YES_NO, help="intra recovery (Eq. 5-6)")
     g.add_argument("--use-inter", default=True, action=YES_NO, help="inter recovery (Eq. 7-10)")
     g.add_argument("--memory", type=natural, default=0, help="replay samples in all (Table 3)")
-    g.add_argument("--modality", default="joint", choices=["joint", "v", "q"], help="seen at test (Eq. 12-13)")
-    g.add_argument("--train-modality", default="joint", choices=["joint", "v", "q"], help="seen in training")
     g = p.add_argument_group("training of MM-Prompt")
     g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
     g.add_argument("--lr-query", type=above_zero, help="of Eq. 1")
@@ -1335,8 +1332,10 @@ def parse_args(argv=None):
     g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
     g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv), p, ["sizes"])
-    # what a table's row alone sets: arguments of the class without a flag, a backbone drawn at random
-    args.options, args.scratch = {}, False
+    # what a table's row alone sets: arguments of the class without a flag, a backbone drawn at random, the
+    # weight of L_qk, the modalities seen at test and in training ("joint", "v" or "q")
+    args.options, args.scratch, args.qk_weight = {}, False, 1.0
+    args.modality = args.train_modality = "joint"
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
     if {*args.layers_g} & {*args.layers_e}:
