@@ -1050,6 +1050,10 @@ def run(args, folder):
         seen = stream.tasks if one_stage else stream.tasks[:t + 1]
         run.kept["last"] = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
         run.row([answers["score"] for answers in run.kept["last"]])
+        if args.each_task:                                           # Fig. 3: Eq. 12-13 while tasks arrive
+            run.kept.setdefault("alone", []).append([
+                float(np.mean([evaluate(args, backbone, method, getattr(one, args.split), m)["score"] for one in seen]))
+                for m in "vq"])
 
     values, selection = measure(args, stream, backbone, method, run)
     title = f"{args.method} {args.setting}: score on task (column) after (row)"
@@ -1095,6 +1099,12 @@ def measure(args, stream, backbone, method, run):
         values |= {"A_v_only": mean["v"], "A_q_only": mean["q"],
                    "merge_effectiveness": float(metrics.merge_effectiveness(mean["joint"], mean["v"], mean["q"])),
                    "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
+    for t, (v, q) in enumerate(run.kept.get("alone", []), 1):
+        joint = float(np.nanmean(run.A[t - 1]))
+        values |= {f"ME {t}": float(metrics.merge_effectiveness(joint, v, q)),
+                   f"MD {t}": float(metrics.modality_difference(v, q))}
+    if args.each_task:
+        values["prompts_apart"] = prompts_apart(backbone, method, [s for samples in tests for s in samples[:20]])
     if run.kept.get("intra"):
         matrices = run.kept["intra"].values()                 # rows of 1, 2, ... scores: filled up to squares
         squares = [[row + [np.nan] * (len(rows) - len(row)) for row in rows] for rows in matrices]
@@ -1113,6 +1123,17 @@ def measure(args, stream, backbone, method, run):
     return values, chosen
 
 
+@torch.no_grad()
+def prompts_apart(backbone, method, samples):
+    """Fig. 6 as a number: the percentage of the variance of injected prompts that lies between question prompts
+    and picture prompts.  0: one cloud.  100: two points."""
+    method.eval()
+    prompts = backbone.encode(*backbone.embed(backbone.read(samples)), method)[2].prompts
+    Q, V = (torch.cat([p.chunk(2, 1)[i].flatten(0, 1) for p in prompts.values()]) for i in (0, 1))   # 2 x (n,D)
+    between = ((Q.mean(0) - V.mean(0)) / 2).square().sum()
+    return float(100 * between / torch.cat([Q, V]).var(0, correction=0).sum())
+
+
 # ===================================================================================================== tables
 # Each row: label, the arguments that make it, and what the paper prints (VQA v2; A / F_inter).  "options" are
 # arguments of the method's class that have no flag.  A table is {name: (title, label that the others are
@@ -1120,6 +1141,8 @@ def measure(args, stream, backbone, method, run):
 SETTINGS = ("CI", "QI", "DI")
 COLUMNS = ("A", "F_inter", "F_intra", "merge_effectiveness")
 LINE = (*COLUMNS, "right_prompt")                                  # of the last line of a run
+FIG_3 = ("merge_effectiveness", "modality_difference", "prompts_apart",
+         *(f"{x} {t}" for x in ("ME", "MD") for t in range(1, 8)))     # after each of the first 7 tasks
 PAPER_1 = {                                                          # Table 1: CI, QI, DI
     "l2p": ((33.706, 4.323), (13.720, 23.807), (31.186, 2.112)),
     "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
@@ -1166,6 +1189,10 @@ TABLES = {
         ("CQ", {**NO_RECOVERY, **OFFICIAL}, (34.990, 0.588)), ("CQ + CR", OFFICIAL, OURS[2]),
         ("no prompts", {**OFFICIAL, "layers_g": [], "layers_e": [], "options": {}}, None),
         ("CQ + CR, pre-trained encoder", {**OFFICIAL, "scratch": False}, None)]),
+    "fig3": ("Fig. 3 on mini: each modality alone, after each task", "MM-Prompt", [
+        (label, {**own, **CI, "each_task": True}, None) for label, own in (
+            ("MM-Prompt", {}), ("isolated prompts", ISOLATED[1]), ("L2P", {"method": "l2p"}),
+            ("DualPrompt", {"method": "dualprompt"}))]),
     "3": ("Table 3 on mini; the paper's numbers are its NExT-QA", None, [
         (f"{method} memory {m}", {**DI, "method": method, "memory": m}, paper) for method, m, paper in (
             ("dualprompt", 500, (27.641, 3.765)), ("coda", 500, (30.632, 2.471)), ("maple", 500, (30.049, 3.112)),
@@ -1333,9 +1360,10 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv), p, ["sizes"])
     # what a table's row alone sets: arguments of the class without a flag, a backbone drawn at random, the
-    # weight of L_qk, the modalities seen at test and in training ("joint", "v" or "q")
+    # weight of L_qk, the modalities seen at test and in training ("joint", "v" or "q"), each modality alone after
+    # each task
     args.options, args.scratch, args.qk_weight = {}, False, 1.0
-    args.modality = args.train_modality = "joint"
+    args.modality, args.train_modality, args.each_task = "joint", "joint", False
     if args.smoke:
         args.sizes, args.epochs = [240, 80, 160], args.epochs or 1
     if {*args.layers_g} & {*args.layers_e}:
@@ -1350,7 +1378,9 @@ def main(argv=None):
         args.seed = args.seeds[0]
         return (pretrain if args.pretrain else bench)(settle(args))
     if args.table:
-        table = metrics.Table(args, settle, *TABLES[args.table], COLUMNS, COLUMNS[:2], "A / F_inter", "fig" in args.table)
+        columns, paper = (FIG_3, None) if args.table == "fig3" else (COLUMNS, "A / F_inter")
+        lines = args.table in ("fig4c", "fig4d", "fig9")
+        table = metrics.Table(args, settle, *TABLES[args.table], columns, columns[:2], paper, lines)
         for one, folder in table.missing():
             run(one, folder)
         return print(table.write())

@@ -641,6 +641,22 @@ def test_eq11_total():
     assert method.weights == {"qk": 0.05, "inter": 0.7, "intra": 0.2}
 
 
+def test_prompts_apart_is_the_share_of_variance_between_modalities():
+    torch.manual_seed(0)
+    prompts = {"G": torch.randn(3, 4, 5).double(), "E": torch.randn(3, 4, 5).double() + 1}   # L = 2
+    backbone = type("Backbone", (), {"read": lambda self, x: x, "embed": lambda self, x: (),
+                                     "encode": lambda self, method: (0, 0, mmprompt.Prompts(prompts, {}, {}))})()
+    Q = [p[b, i] for p in prompts.values() for b in range(3) for i in (0, 1)]
+    V = [p[b, i] for p in prompts.values() for b in range(3) for i in (2, 3)]
+    mean = lambda rows: sum(rows) / len(rows)
+    total = sum(((x - mean(Q + V)) ** 2).sum() for x in Q + V)
+    within = sum(((x - mean(rows)) ** 2).sum() for rows in (Q, V) for x in rows)
+    got = mmprompt.prompts_apart(backbone, torch.nn.Identity(), [])
+    assert abs(got - 100 * float((total - within) / total)) < 1e-9
+    prompts["G"], prompts["E"] = (torch.cat([torch.ones(3, 2, 5), -torch.ones(3, 2, 5)], 1).double() for _ in "GE")
+    assert abs(mmprompt.prompts_apart(backbone, torch.nn.Identity(), []) - 100) < 1e-9
+
+
 def test_method_sums_types_and_orders_question_first():
     torch.manual_seed(0)
     method = mmprompt.MMPrompt(16, 2, length=4, pool_sizes={"QG": 6, "QE": 7, "VG": 8, "VE": 9}).eval()
