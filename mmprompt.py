@@ -311,8 +311,7 @@ class MMPrompt(nn.Module):
     """
     # prompts and keys, Eq. 1, recovery; searched on another seed.  Eq. 1 learns through the weights of Eq. 3
     # alone: at the rate of the recovery its query never comes to look at the other modality.
-    lr, lr_query, lr_attention = 1.25e-3, 5e-4, 5e-5
-    lr_without_recovery = 5e-3                            # the ablation's own best
+    lr, lr_query, lr_attention = 5e-3, 5e-4, 5e-5
 
     def __init__(self, d_model, n_heads=8, length=8, top_k=5,
                  pool_sizes={"QG": 40, "QE": 60, "VG": 80, "VE": 120}, mask_ratio=0.05, use_query=True, use_intra=True,
@@ -1315,11 +1314,8 @@ def settle(args):
     """Fills in the defaults that depend on the method, for one run: its class knows what suits it."""
     metrics.settle_shared(args)
     kind = METHODS[args.method]
-    recovers = args.use_intra or args.use_inter
-    own = kind.lr if recovers else getattr(kind, "lr_without_recovery", kind.lr)
-    args.lr = own if args.lr is None else args.lr
     long = 4 if args.setting == "DI" else 6        # a table trains until more epochs would change little
-    usual = {"lr_query": None, "lr_attention": 5e-5, "lr_backbone": 1e-4, "batch": 25,
+    usual = {"lr": None, "lr_query": None, "lr_attention": 5e-5, "lr_backbone": 1e-4, "batch": 25,
              "epochs": long if args.table else 2}
     for name, value in usual.items():
         if getattr(args, name) is None:

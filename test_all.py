@@ -1525,8 +1525,7 @@ def test_seeds_of_the_small_backbone_differ_and_a_seed_repeats_itself():
 def test_tables_continue_and_rows_with_equal_flags_share_runs(tmp_path, monkeypatch, capsys):
     """Two tables of the paper have rows with the same flags: one run serves both.  What is finished is not run again."""
     rate = lambda *flags: mmprompt.settle(metrics.with_seed(mmprompt.parse_args(["--device", "cpu", *flags]))).lr
-    without = ["--no-use-intra", "--no-use-inter"]                   # an ablation has its own best rate, unless told
-    assert rate() == rate("--no-use-intra") == 1.25e-3 and rate(*without) == 5e-3 and rate(*without, "--lr", "1e-2") == 1e-2
+    assert rate() == 5e-3 and rate("--method", "coda") == 2e-3 and rate("--method", "coda", "--lr", "1e-2") == 1e-2
     calls = []
 
     def fake(args, folder):
