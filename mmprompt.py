@@ -77,14 +77,15 @@ class Attention(nn.MultiheadAttention):
     divides d_model.
 
     forward(query (B,N,D), key and value (B,N',D), mask (B,N') of the keys) -> (B,N,D)
+    start: size of the output at first, 1 for torch's own.
     """
 
-    def __init__(self, d_model, n_heads):
+    def __init__(self, d_model, n_heads, start=START):
         if d_model % n_heads:
             raise ValueError(f"--heads {n_heads} does not divide the width {d_model}")
         super().__init__(d_model, n_heads, batch_first=True)
         with torch.no_grad():                                    # what it is added to hardly changes at first
-            self.out_proj.weight.mul_(START)
+            self.out_proj.weight.mul_(start)
 
     def forward(self, query, key, value, mask=None):
         # Where to look must not depend on how long the vectors are: tokens of length 0.2 would all get the
@@ -125,8 +126,9 @@ class CrossModalQuery(nn.Module):
         if fusion not in ("query", "none", "plus", "mean", "hadamard", "cross-attention"):
             raise ValueError(f"no query fusion {fusion!r}")
         self.fusion = fusion
-        if fusion in ("query", "cross-attention"):
-            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+        if fusion in ("query", "cross-attention"):           # nothing is added to the latter: it starts at full size
+            start = START if fusion == "query" else 1.0
+            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads, start) for M in "QV"})
         if fusion == "query":                                        # w "initialised uniformly": all ones
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
@@ -189,7 +191,8 @@ class CrossModalRecovery(nn.Module):
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
     fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
-    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  only_hidden: what was not hidden stays
+    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  res_scale: w_res is a rotation times this,
+    the "very small" hint of the paper.  only_hidden: what was not hidden stays
     as it was selected (official code), so recovery reaches mask_ratio of the tokens and none at test.
     Uses OTHER, Attention, SelfAttention and START of this section.
     """
@@ -208,7 +211,8 @@ class CrossModalRecovery(nn.Module):
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
-            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads) for M in "QV"})
+            start = START if fusion == "recovery" else 1.0
+            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads, start) for M in "QV"})
         if fusion == "recovery" and use_inter:                     # A' has "twice the feed-forward dimension"
             self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
             self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
@@ -239,11 +243,13 @@ class CrossModalRecovery(nn.Module):
     def recover_intra(self, p_hat, p):
         """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D),
         L_intra ()"""
-        # The hint goes through w_res: a rotation, so it adds direction and not size.  light^M = w_res^M p~^M'
-        light = {M: p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W for M, W in self.W_res.items()}
-        # Hidden tokens are filled in from their neighbours, then the hint is added.
+        # The hint goes through a rotation and is made small: w_res = res_scale * W_res.
+        light = {M: self.res_scale * (p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W)
+                 for M, W in self.W_res.items()}                                                 # 2 x (B,L,D)
+        # Hidden tokens are filled in from those that are left, then the hint is added.  Tokens have no position:
+        # all hidden ones of a sample are filled in alike.
         # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
-        p_intra = {M: self.intra[M](p_hat[M]) + self.res_scale * light[M] for M in "QV"}         # 2 x (B,L,D)
+        p_intra = {M: self.intra[M](p_hat[M]) + light[M] for M in "QV"}                          # 2 x (B,L,D)
         # What was recovered must be what was hidden, and w_res must stay a rotation.  p~ is a constant, or the
         # prompts would chase their own recovery.  The norm is over D; mean over samples and tokens.
         # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                 Eq. 6
@@ -447,7 +453,7 @@ class VQABackbone(nn.Module):
         nothing.
         """
         with torch.autocast(F_v.device.type, enabled=False):         # prompts stay in full precision
-            # at unit length a feature, as T5's first layer norm makes them: else the modality with the longer
+            # divided by their root mean square, as T5's first layer norm does: else the modality with the longer
             # tokens decides every query that looks at both
             full = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (F_q, F_v)]
             full = [F.rms_norm(x, x.shape[-1:]) for x in full]
@@ -648,7 +654,7 @@ class Method(nn.Module):
 
 class Frozen(Method):
     """The backbone as it was pre-trained: no prompts, nothing learns.  The lower bound."""
-    lr, one_stage = 2e-3, True
+    one_stage = True
 
     def __init__(self, d_model):
         super().__init__()
@@ -681,7 +687,7 @@ def joined(q):
 class L2P(Method):
     """L2P (Wang et al. 2022): each modality's mean token picks k short prompts, which join the sequence at
     the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
-    lr, one_pool = 2e-2, False
+    lr, one_pool = 2e-2, False              # one_pool, of any method: its prompts belong to no modality
 
     def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0, blocks=(0,), keep=True):
         super().__init__()
@@ -705,7 +711,7 @@ class L2P(Method):
 class L2POnePool(L2P):
     """L2P*: one pool for both modalities, chosen by one query.  Its prompts belong to neither, so that Eq. 12
     and 13 are not defined for it."""
-    lr, one_pool = 2e-2, True
+    one_pool = True
 
 
 class DualPrompt(Method):
@@ -847,7 +853,7 @@ class CluMo(Method):
 class MaPLe(Method):
     """MaPLe (Khattak et al. 2023): question prompts at every injected block, visual prompts a linear map of
     them; no selection."""
-    lr_attention = 3.2e-3                                            # of the map
+    lr, lr_attention = 5e-3, 3.2e-3                                  # the latter of the map
 
     def __init__(self, d_model, layers, length=8):
         super().__init__()
@@ -1157,7 +1163,8 @@ DI, CI = {"setting": "DI"}, {"setting": "CI"}
 NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
 # What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one
-# token that stay in the sequence, recovered ones where they were hidden (5 %), a hundredth of L_qk.
+# token that stay in the sequence, recovered ones where they were hidden (5 %; here in training only, there at
+# test too), a hundredth of L_qk.
 OFFICIAL = {**DI, "scratch": True, "train_decoder": True, "train_vision": "never", "length": 1,
             "qk_weight": 0.01, "options": {"keep": True, "only_hidden": True}}
 PAPERS = "; the paper's numbers are its VQA v2"
@@ -1227,7 +1234,7 @@ TABLES = {
         for label, changes in (("MM-Prompt", DI), ("isolated", ISOLATED[1]), ("L2P", {**DI, "method": "l2p"}))]),
     "bounds": ("Bounds of mini, as long as a run without --table", None, [
         ("CI zero-shot", {**CI, "method": "none"}, None), ("QI zero-shot", {"setting": "QI", "method": "none"}, None),
-        ("joint", {**CI, "method": "joint", "epochs": 2}, None),
+        ("joint", {**CI, "method": "joint"}, None),
         *((f"{setting} fine-tuning", {"setting": setting, "method": "finetune", "epochs": 2}, None)
           for setting in SETTINGS),
         *((f"joint, {word} only", {**CI, "method": "joint", "epochs": 8, "train_modality": m, "modality": m}, None)
