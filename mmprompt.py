@@ -972,8 +972,7 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
         (loss / args.accum).backward()
         if (step + 1) % args.accum == 0 or step + 1 == len(bar):
             metrics.sum_gradients(parameters)
-            for group in optimizer.param_groups:         # apart: at first L_inter's is a hundred times the answer's
-                nn.utils.clip_grad_norm_(group["params"], args.grad_clip)
+            nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
         total += value
