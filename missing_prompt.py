@@ -1046,7 +1046,7 @@ class MPLMM(Prompted):
         self.translate = nn.ModuleList(nn.Linear(D, D) for _ in MODALITIES)             # 1x1 convolutions
         self.signal = nn.Parameter(torch.zeros(M, 2, D))                                # missing, real
         self.kind = nn.Parameter(0.02 * torch.randn(M, 2, L, D))
-        self.matrix = nn.Parameter(torch.zeros(D, D))        # one factor random, one zero: two zeros are dead
+        self.matrix = nn.Parameter(torch.zeros(D, D))       # of their product; kind could hold all of it here
 
     def forward(self, b):
         real = b.present.to(self.signal.dtype)                                          # (B,M)
@@ -1054,7 +1054,7 @@ class MPLMM(Prompted):
         pooled = torch.stack([b.x[m].mean(1).expand(B, -1) for m in MODALITIES], 1)     # (B,M,D)
         at_hand = (pooled * real[..., None]).sum(1) / real.sum(1, keepdim=True)  # (B,D) mean of what is there
         for i, m in enumerate(MODALITIES):
-            # a missing modality = its blank sequence + GELU(1x1 conv) of [generative prompt ; what is there]
+            # a missing modality = its blank sequence + GELU(1x1 conv) of the generative prompt and what is there
             made = F.gelu(self.translate[i](self.generative[i].mean(0) + at_hand))[:, None]          # (B,1,D)
             signal = self.signal[i][b.present[:, i].long()][:, None]                    # (B,1,D)
             x[m] = b.x[m].expand(B, -1, -1) + made * (1 - real[:, i, None, None]) + signal

@@ -14,16 +14,17 @@ Call path main -> run                   the continual protocol: eight tasks, one
             -> learn_task               the steps on one task
               -> look -> Guidance       what CLIP sees and reads: x_v, x_t                          Eq. 1
               -> ModalPrompt.forward    the prompt sets nearest to both: X~_p, and L_Proto          Eq. 2-4, 6
-              -> VLM.loss               makes places before the question, runs the frozen model
+              -> VLM.logits             makes places before the question, runs the frozen model
                 -> VLM._call            arms the hook on the embedding layer
                   -> VLM._write_prefix -> join        here the prompts enter the backbone
-                -> language_loss        L_LMM                                                       Eq. 5
+              -> language_loss          L_LMM                                                       Eq. 5
               -> total_loss             both losses together                                        Eq. 7
             -> evaluate -> ModalPrompt.select           every set competes                          Eq. 8
                         -> VLM.answer -> VLM._call      as above, then the answer                   Eq. 9
 
 One task, one set of L prompt tokens and one prototype.  A frozen CLIP reads the picture and the instruction;
-the sets with the nearest prototypes are put in front of the input.  Only the current task's set learns.
+the sets with the nearest prototypes are put in front of the input.  Only the current task's set learns, and
+the projector that makes its prototype.
 """
 import argparse
 import copy
@@ -120,7 +121,7 @@ class ModalPrompt(nn.Module):
     """
 
     needs_guidance, one_stage = True, False
-    # Rates of the prompts and of Proj_p on mini-CoIN, each the best of a grid; the paper's 2e-4 elsewhere.
+    # Rates of the prompts (the best of a grid) and of Proj_p on mini-CoIN; the paper's 2e-4 elsewhere.
     lr, lr_projector, lr_large = 1.3e-2, 2e-3, 2e-4
 
     def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True,
@@ -206,7 +207,7 @@ class ModalPrompt(nn.Module):
             raise RuntimeError("no task is open: call begin_task first, or select to answer")
         t = len(self.prompts)
         earlier = min(self.top_k - 1, t - 1) if self.fusion else 0
-        # A choice has no gradient: prototypes learn by Eq. 6, prompts by Eq. 5.
+        # A choice has no gradient.  Eq. 6 teaches the projector and, a little, the prompts; Eq. 5 the prompts.
         with torch.no_grad():
             # What earlier tasks know helps the current one: the sets nearest to this sample, and its own.
             # topk is descending; flipped, the most similar set lies next to the input.
@@ -728,8 +729,8 @@ class DualPrompt(Method):
     """Wang et al. 2022a, prompt-tuning form: a general prompt (3 tokens) in the lower layers, an expert
     prompt (10) a task in the upper ones, each layer with its own tokens.
 
-    Below its layers an expert place holds a zero vector, which has zero key and value.  The expert of the
-    nearest key answers; keys learn 1 - cos to the query.  The prefix is a LayeredPrefix.
+    Below its layers an expert place holds a zero vector: it adds nothing, but takes a share of the attention.  The
+    expert of the nearest key answers; keys learn 1 - cos to the query.  The prefix is a LayeredPrefix.
     """
     needs_guidance, lr = True, 0.02
 
@@ -1237,8 +1238,8 @@ def parse_args(argv=None):
     g.add_argument("--lam", type=metrics.share, default=0.5, help="weight of the picture in the guidance: 1 picture, 0 text")
     g.add_argument("--fusion", default=True, action=YES_NO, help="Eq. 4: earlier sets in front while training")
     g.add_argument("--selection", default=True, action=YES_NO, help="Eq. 8: top-k at test; without it all sets")
-    g.add_argument("--own-weight", type=metrics.weight, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' "
-                   "own losses (pull of the keys, orthogonality), as a multiple of their default")
+    g.add_argument("--own-weight", type=metrics.weight, default=1.0, help="weight of L_Proto in Eq. 7, and of the baselines' own "
+                   "losses (pull of the keys, orthogonality, EWC's penalty, LwF's), as a multiple of their default")
     g.add_argument("--rank", type=positive, default=16, help="rank of LoRA, and of each expert of MoELoRA")
     g.add_argument("--experts", type=positive, default=8, help="experts of MoELoRA")
     g = p.add_argument_group("its data and backbone")

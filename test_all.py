@@ -3651,7 +3651,7 @@ def test_modal_paper_section_runs_by_itself_and_holds_every_equation():
 
 def test_modal_prompts_enter_where_the_call_path_says(modal_tiny, monkeypatch):
     path = modal.__doc__[modal.__doc__.index("Call path"):modal.__doc__.index("One task, one set")]
-    for name in ("main", "run", "learn_task", "look", "Guidance", "ModalPrompt.forward", "VLM.loss", "VLM._call",
+    for name in ("main", "run", "learn_task", "look", "Guidance", "ModalPrompt.forward", "VLM.logits", "VLM._call",
                  "VLM._write_prefix", "join", "language_loss", "total_loss", "evaluate", "ModalPrompt.select", "VLM.answer"):
         assert re.search(rf"\b{re.escape(name)}\b", path), name
         assert callable(eval(f"modal.{name}")), name
@@ -3784,8 +3784,9 @@ VERDICTS = [("A 71.0", "mmprompt/table1", "CI mmprompt", "A"),
             ("DI 0.5", "mmprompt/table2", "isolated prompts", "F_inter"),
             ("to 0.7 (", "mmprompt/table2", "CQ + CR", "F_inter"),
             ("(8.1 for", "mmprompt/table1", "CI finetune", "F_inter"),
-            ("| 51.5; MoELoRA", "modalprompt/table2", "modalprompt", "Last"),
+            ("| 51.5; EWC", "modalprompt/table2", "modalprompt", "Last"),
             ("MoELoRA 50.1", "modalprompt/table2", "moelora", "Last"),
+            ("EWC on LoRA 72.6", "modalprompt/table9", "ewc", "Last"), ("LwF 58.1", "modalprompt/table9", "lwf", "Last"),
             ("CODA-Prompt 34.2", "modalprompt/table2", "coda", "Last"), ("DualPrompt 46.0", "modalprompt/table2", "dualprompt", "Last"),
             ("L2P 26.1", "modalprompt/table2", "l2p", "Last"), ("(59.1,", "modalprompt/table2", "finetune", "Last"),
             ("93.7)", "modalprompt/table2", "multi-task", "Last"), ("76.6, B", "modalprompt/tablek", "k 1", "Last"),
