@@ -462,6 +462,7 @@ class Store:
 class Method(nn.Module):
     """What all methods share: the backbone `net`, the utterances `store`, and hooks that do nothing."""
     lr, weight, frozen, one_stage, buffered = 3.3e-4, 0.0, False, False, False
+    lr_added = None                                    # of what a method adds to the backbone; None: the same lr
 
     def __init__(self, net, store, args):
         super().__init__()
@@ -1121,7 +1122,9 @@ def learn_task(args, backbone, method, lesson, run):
     learning = {name: p for name, p in method.named_parameters() if p.requires_grad}
     if not learning:
         return
-    optimizer = adam(learning.values(), args.lr, device)
+    groups = [{"params": [p for name, p in learning.items() if name.startswith("net.") == inside], "lr": rate}
+              for inside, rate in ((True, args.lr), (False, method.lr_added or args.lr))]
+    optimizer = adam([group for group in groups if group["params"]], args.lr, device)
     rows, tasks = utterances(lesson, "train", device)
     first = number(lesson[0])
     for epoch in run.epochs(args.epochs, learning, optimizer, "all" if len(lesson) > 1 else lesson[0].name):
