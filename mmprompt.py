@@ -126,8 +126,8 @@ class CrossModalQuery(nn.Module):
         if fusion not in ("query", "none", "plus", "mean", "hadamard", "cross-attention"):
             raise ValueError(f"no query fusion {fusion!r}")
         self.fusion = fusion
-        if fusion in ("query", "cross-attention"):           # nothing is added to the latter: it starts at full size
-            start = START if fusion == "query" else 1.0
+        if fusion in ("query", "cross-attention"):
+            start = START if fusion == "query" else 1.0              # nothing is added to the latter
             self.attend = nn.ModuleDict({M: Attention(d_model, n_heads, start) for M in "QV"})
         if fusion == "query":                                        # w "initialised uniformly": all ones
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
@@ -191,8 +191,8 @@ class CrossModalRecovery(nn.Module):
 
     forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
     fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
-    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  res_scale: w_res is a rotation times this,
-    the "very small" hint of the paper.  only_hidden: what was not hidden stays
+    mask_granularity: whether Eq. 4 hides a "token" or a "feature".  res_scale: w_res is a rotation times
+    this, the paper's "very small" hint.  only_hidden: what was not hidden stays
     as it was selected (official code), so recovery reaches mask_ratio of the tokens and none at test.
     Uses OTHER, Attention, SelfAttention and START of this section.
     """
@@ -246,8 +246,8 @@ class CrossModalRecovery(nn.Module):
         # The hint goes through a rotation and is made small: w_res = res_scale * W_res.
         light = {M: self.res_scale * (p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W)
                  for M, W in self.W_res.items()}                                                 # 2 x (B,L,D)
-        # Hidden tokens are filled in from those that are left, then the hint is added.  Tokens have no position:
-        # all hidden ones of a sample are filled in alike.
+        # Hidden tokens are filled in from those that are left, then the hint is added.  Tokens have no
+        # position: all hidden ones of a sample are filled in alike.
         # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
         p_intra = {M: self.intra[M](p_hat[M]) + light[M] for M in "QV"}                          # 2 x (B,L,D)
         # What was recovered must be what was hidden, and w_res must stay a rotation.  p~ is a constant, or the
@@ -453,7 +453,7 @@ class VQABackbone(nn.Module):
         nothing.
         """
         with torch.autocast(F_v.device.type, enabled=False):         # prompts stay in full precision
-            # divided by their root mean square, as T5's first layer norm does: else the modality with the longer
+            # divided by their root mean square, as in T5's first layer norm: else the modality with the longer
             # tokens decides every query that looks at both
             full = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (F_q, F_v)]
             full = [F.rms_norm(x, x.shape[-1:]) for x in full]
@@ -1109,7 +1109,8 @@ def measure(args, stream, backbone, method, run):
         values |= {f"ME {t}": float(metrics.merge_effectiveness(joint, v, q)),
                    f"MD {t}": float(metrics.modality_difference(v, q))}
     if args.each_task:
-        values["prompts_apart"] = prompts_apart(backbone, method, [s for samples in tests for s in samples[:20]])
+        some = [sample for samples in tests for sample in samples[:20]]
+        values["prompts_apart"] = prompts_apart(backbone, method, some)
     if run.kept.get("intra"):
         matrices = run.kept["intra"].values()                 # rows of 1, 2, ... scores: filled up to squares
         squares = [[row + [np.nan] * (len(rows) - len(row)) for row in rows] for rows in matrices]
@@ -1130,11 +1131,12 @@ def measure(args, stream, backbone, method, run):
 
 @torch.no_grad()
 def prompts_apart(backbone, method, samples):
-    """Fig. 6 as a number: the percentage of the variance of injected prompts that lies between question prompts
-    and picture prompts.  0: one cloud.  100: two points."""
+    """Fig. 6 as a number: the percentage of the variance of injected prompts that lies between question
+    prompts and picture prompts.  0: one cloud.  100: two points."""
     method.eval()
     prompts = backbone.encode(*backbone.embed(backbone.read(samples)), method)[2].prompts
-    Q, V = (torch.cat([p.chunk(2, 1)[i].flatten(0, 1) for p in prompts.values()]) for i in (0, 1))   # 2 x (n,D)
+    Q, V = (torch.cat([p.chunk(2, 1)[i].flatten(0, 1) for p in prompts.values()])
+            for i in (0, 1))                                                                     # 2 x (n,D)
     between = ((Q.mean(0) - V.mean(0)) / 2).square().sum()
     return float(100 * between / torch.cat([Q, V]).var(0, correction=0).sum())
 
