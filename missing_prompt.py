@@ -782,7 +782,7 @@ class Summarised(Method):
     """What MISA, MMIN and MCTN share: each works on one summary a modality, and what it makes of them, (B,D),
     is added to what the read-out sees.  The map that adds it starts at zero: all start like fine-tuning.
     """
-    lr = 3.3e-4
+    lr, lr_added = 3.3e-4, 1e-3      # what is added is new: at the backbone's rate it would hardly leave its start
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
@@ -892,7 +892,7 @@ class MCTN(Summarised):
 
     On summaries, not sequences.  Text is encoded, or what is there; with one modality nothing is translated.
     """
-    lr, weight = 1.1e-4, 0.1                                         # weight of the translations
+    lr, lr_added, weight = 1.1e-4, 3e-3, 0.1                         # weight of the translations
 
     def __init__(self, net, store, args):
         super().__init__(net, store, args)

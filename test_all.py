@@ -1817,6 +1817,20 @@ def missing_predict(learner, rows, t, size=512):
     return mp.predict(Namespace(device="cpu", eval_batch=size), learner, part)[1]
 
 
+def test_what_a_method_adds_to_the_backbone_learns_at_a_rate_of_its_own(monkeypatch):
+    """MISA, MMIN, MCTN: at the backbone's rate, their new parts would hardly leave their start."""
+    seen = []
+    monkeypatch.setattr(mp, "adam", lambda groups, lr, device: seen.append(groups))
+    for name in ("mmin", "mctn", "misa", "finetune"):
+        learner, stream = missing_learner(name)
+        mp.learn_task(missing_args("--method", name), None, learner, stream.tasks[:1], Namespace(epochs=lambda *_: ()))
+        kind, inside = mp.METHODS[name], {*learner.net.parameters()}
+        rates = {p: group["lr"] for group in seen[-1] for p in group["params"]}
+        assert {*rates} == {*learner.parameters()}
+        assert all(rate == (kind.lr if p in inside else kind.lr_added) for p, rate in rates.items())
+    assert all(mp.METHODS[name].lr_added >= 3 * mp.METHODS[name].lr for name in ("mmin", "mctn", "misa"))
+
+
 class MissingToy(nn.Module):
     """A backbone of one weight: output = w * the text's only feature.  Everything about it can be worked by hand."""
     width = features = layers = 1
