@@ -447,7 +447,7 @@ def test_eq2_eq3_selection_weights_and_pull(double):
         e = [math.exp(cos[i] / 0.7) for i in best]
         torch.testing.assert_close(p[b], sum(w / sum(e) * pool.prompts[i] for w, i in zip(e, best)))
         want_pull += sum(1 - cos[i] for i in best) / 4
-    assert float(pull) == pytest.approx(want_pull)
+    assert float(pull.detach()) == pytest.approx(want_pull)
     pull.backward(retain_graph=True)
     assert q.grad is None and pool.keys.grad.abs().sum() > 0         # L_qk moves keys, never queries
     (p ** 2).sum().backward()
