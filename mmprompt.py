@@ -126,9 +126,9 @@ class CrossModalQuery(nn.Module):
         if fusion not in ("query", "none", "plus", "mean", "hadamard", "cross-attention"):
             raise ValueError(f"no query fusion {fusion!r}")
         self.fusion = fusion
-        if fusion in ("query", "cross-attention"):
-            start = START if fusion == "query" else 1.0              # nothing is added to the latter
-            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads, start) for M in "QV"})
+        if fusion in ("query", "cross-attention"):           # the latter is added to nothing: at full size
+            self.attend = nn.ModuleDict({M: Attention(d_model, n_heads, START if fusion == "query" else 1.0)
+                                         for M in "QV"})
         if fusion == "query":                                        # w "initialised uniformly": all ones
             self.w = nn.ParameterDict({M: nn.Parameter(torch.ones(d_model)) for M in "QV"})
 
@@ -211,8 +211,8 @@ class CrossModalRecovery(nn.Module):
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
-            start = START if fusion == "recovery" else 1.0
-            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads, start) for M in "QV"})
+            self.inter = nn.ModuleDict({M: Attention(d_model, n_heads, START if fusion == "recovery" else 1.0)
+                                        for M in "QV"})
         if fusion == "recovery" and use_inter:                     # A' has "twice the feed-forward dimension"
             self.refine = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 4 * d_model) for M in "QV"})
             self.W_g = nn.ModuleDict({M: nn.Linear(2 * d_model, d_model, bias=False) for M in "QV"})
@@ -315,7 +315,7 @@ class MMPrompt(nn.Module):
     temperature of Eq. 3.  only_hidden: see CrossModalRecovery.
     query_fusion, recovery_fusion: Tables 12 and 13.
     """
-    # prompts and keys, Eq. 1, recovery; searched on another seed.  Eq. 1 learns through the weights of Eq. 3
+    # prompts and keys, Eq. 1, recovery; searched on other seeds.  Eq. 1 learns through the weights of Eq. 3
     # alone: at the rate of the recovery its query never comes to look at the other modality.
     lr, lr_query, lr_attention = 5e-3, 5e-4, 5e-5
 
@@ -1055,7 +1055,7 @@ def run(args, folder):
         seen = stream.tasks if one_stage else stream.tasks[:t + 1]
         run.kept["last"] = [evaluate(args, backbone, method, getattr(one, args.split)) for one in seen]
         run.row([answers["score"] for answers in run.kept["last"]])
-        if args.each_task:                                           # Fig. 3: Eq. 12-13 while tasks arrive
+        if args.each_task and len(seen) < len(stream.tasks):     # Fig. 3; after the last, `measure` does this
             run.kept.setdefault("alone", []).append([
                 float(np.mean([evaluate(args, backbone, method, getattr(one, args.split), m)["score"] for one in seen]))
                 for m in "vq"])
