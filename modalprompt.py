@@ -116,8 +116,10 @@ class ModalPrompt(nn.Module):
     (default k), lam: weight of the picture in the guidance, so that 0.5 ranks like the paper's alpha + beta,
     1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
-    (Table 5).  Earlier sets are frozen and never written again; a task keeps its set and its prototype, its
-    projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad setting.
+    (Table 5).  distractors=True, not in the paper: each task learns behind k-1 sets of random words, and so to
+    answer whatever stands in front.  Earlier sets are frozen and never written again; a task keeps its set and
+    its prototype, its projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad
+    setting.
     """
 
     needs_guidance, one_stage = True, False
@@ -125,13 +127,13 @@ class ModalPrompt(nn.Module):
     lr, lr_projector, lr_large = 1.3e-2, 2e-3, 2e-4
 
     def __init__(self, width, guidance_width, length=10, top_k=3, lam=0.5, fusion=True, selection=True,
-                 answer_k=None):
+                 answer_k=None, distractors=False):
         super().__init__()
         if top_k < 1 or length < 1 or not 0 <= lam <= 1:
             raise ValueError(f"top_k and length from 1 on, lam in 0..1, not {top_k}, {length}, {lam}")
         self.width, self.guidance_width, self.length = width, guidance_width, length
         self.top_k, self.answer_k, self.lam = top_k, answer_k or top_k, lam
-        self.fusion, self.selection = fusion, selection
+        self.fusion, self.selection, self.distractors = fusion, selection, distractors
         self.prompts = nn.ParameterList()                                # t sets X_p^i, each (L,D)
         self.projector = None                                            # Proj_p^t of the current task only
         # A buffer and no parameter: prototypes of finished tasks are constants, but saved with the rest.
@@ -143,7 +145,7 @@ class ModalPrompt(nn.Module):
         token_embeddings (V,D): the vocabulary of the language model.  generator: of the random rows.
         """
         self.end_task()
-        device = token_embeddings.device
+        device, self.words = token_embeddings.device, token_embeddings.detach()
         # A prompt starts as random words: the language model understands it from the first step on.
         self.prompts.append(nn.Parameter(vocabulary_rows(token_embeddings, (self.length,), generator)))
         # Proj_p^t leads from the width of the language model to that of the guidance: a small MLP.
@@ -206,7 +208,7 @@ class ModalPrompt(nn.Module):
         if self.projector is None:
             raise RuntimeError("no task is open: call begin_task first, or select to answer")
         t = len(self.prompts)
-        earlier = min(self.top_k - 1, t - 1) if self.fusion else 0
+        earlier = min(self.top_k - 1, t - 1) if self.fusion and not self.distractors else 0
         # A choice has no gradient.  Eq. 6 teaches the projector and, a little, the prompts; Eq. 5 the prompts.
         with torch.no_grad():
             # What earlier tasks know helps the current one: the sets nearest to this sample, and its own.
@@ -218,7 +220,11 @@ class ModalPrompt(nn.Module):
         # The prototype of the task moves to what its samples look like and ask, on average over the batch.
         # L_Proto = [1 - cos(c_t, x_v)] + [1 - cos(c_t, x_t)]                                            Eq. 6
         proto = ((1 - alpha[:, -1]) + (1 - beta[:, -1])).mean()          # ()
-        return self.gather(chosen), {"proto": proto}
+        prefix = self.gather(chosen)                                     # (B,k'L,D)
+        if self.distractors:
+            noise = vocabulary_rows(self.words, (len(x_v), (self.top_k - 1) * self.length))      # (B,(k-1)L,D)
+            prefix = torch.cat([noise, prefix], 1)
+        return prefix, {"proto": proto}
 
     @torch.no_grad()
     def select(self, x_v, x_t):
@@ -1054,6 +1060,7 @@ CHANGES = {"zero-shot": {"method": "none"}, "multi-task": {"method": "joint"},
            "image": {"lam": 1.0}, "text": {"lam": 0.0},
            "fusion only": {"selection": False}, "selection only": {"fusion": False},
            **{f"k {n}": {"top_k": n} for n in (1, 2)}, "k 3, answers with 1": {"options": {"answer_k": 1}},
+           "k 3, learned behind random words": {"options": {"distractors": True}},
            **{f"length {n}": {"length": n} for n in (1, 2, 5, 20)},
            **{f"experts {n}": {"method": "moelora", "experts": n} for n in (2, 4, 16)}}
 
@@ -1071,9 +1078,10 @@ TABLES = {
     "3": table_of("Table 3: which modality guides; B: lower is better", "image", "text", "modalprompt"),
     "5": table_of("Table 5: fusion and selection; B: lower is better",
                   "fusion only", "selection only", "modalprompt"),
-    # Learned with k sets, answered with k: 1-1, 2-2, 3-3, 3-1, 1-3.
+    # Learned with k sets, answered with k: 1-1, 2-2, 3-3, 3-1, 1-3, and 1 behind random words - 3.
     "k": table_of("Number k of prompt sets, not in the paper; B: lower is better",
-                  "k 1", "k 2", "modalprompt", "k 3, answers with 1", "selection only"),
+                  "k 1", "k 2", "modalprompt", "k 3, answers with 1", "selection only",
+                  "k 3, learned behind random words"),
     "9": table_of("Table 9: regularised LoRA; B: lower is better", "finetune", "lwf", "ewc", "modalprompt"),
     "10": table_of("Tables 10 and 11: whole matrices; B: lower is better",
                    "finetune", "moelora", "modalprompt", "l2p", "dualprompt", "coda"),

@@ -2914,6 +2914,19 @@ def test_modal_selection_is_per_sample_and_grows_up_to_k():
     assert modal_method(5, fusion=False)(x_v, x_t)[0].shape == (7, 3, 8)
 
 
+def test_modal_distractors_are_random_words_before_the_own_set_from_the_first_task_on():
+    x_v, x_t = torch.randn(7, 6), torch.randn(7, 6)
+    for T in (1, 5):
+        method = modal_method(T, top_k=3, distractors=True)
+        first, second = method(x_v, x_t)[0], method(x_v, x_t)[0]
+        assert first.shape == (7, 9, 8) and torch.equal(first[:, 6:], method.prompts[-1].expand(7, 3, 8))
+        known = (first[:, :6, None] == method.words).all(-1).any(-1)     # (7,6): a row of the vocabulary?
+        assert known.all() and not torch.equal(first[:, :6], second[:, :6]) and not torch.equal(first[0, :6], first[1, :6])
+        first.sum().backward()
+        assert [p.grad is not None for p in method.prompts] == [False] * (T - 1) + [True]
+        assert "words" not in dict(method.named_parameters()) and method.select(x_v, x_t)[0].shape[1] == 3 * min(T, 3)
+
+
 def test_modal_without_a_picture_the_text_decides():
     x_v, x_t = torch.randn(6, 6), torch.randn(6, 6)
     x_v[::2] = 0
