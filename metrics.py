@@ -933,11 +933,13 @@ class Run:
         learning: {name: parameter} of all that learns now.  name: of the (sub)task, for the progress bar.
         """
         import torch
+        self.begun, self.learning, self.optimizer = True, learning, optimizer
         if self.epoch and self.state and self.state["optimizer"]:
             optimizer.load_state_dict(self.state["optimizer"])
+            if self.best and not self.best["weights"]:
+                self.best["weights"] = self._weights()
         else:
             self.best = None
-        self.begun, self.learning, self.optimizer = True, learning, optimizer
         while self.epoch < n:
             self.where = f"task {self.stage + 1}/{len(self.names)} {name[:16]} epoch {self.epoch + 1}/{n}"
             yield self.epoch
@@ -963,13 +965,15 @@ class Run:
 
         score: on validation, higher is better; the later of equals is kept.  None: the last epoch is."""
         if score is not None and (self.best is None or score >= self.best["score"]):
-            weights = {k: p.detach().cpu().clone() for k, p in self.learning.items()}
-            self.best = {"score": score, "weights": weights}
+            self.best = {"score": score, "epoch": self.epoch, "weights": self._weights()}
         self.log(task=self.stage, subtask=self.part, epoch=self.epoch, loss=loss, score=score,
                  minutes=self.minutes)
         self.epoch += 1
         if time.time() - self.written >= self.between:
             self.checkpoint()
+
+    def _weights(self):
+        return {k: p.detach().cpu().clone() for k, p in self.learning.items()}
 
     def row(self, scores):
         """Scores on the first n tasks are row n of the accuracy matrix."""
@@ -1000,6 +1004,8 @@ class Run:
             return
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
         state = {k: getattr(self, k) for k in ("stage", "part", "epoch", "begun", "best", "kept", "lines", "args")}
+        if self.best and self.best["epoch"] == self.epoch - 1:          # the weights are those of the modules
+            state["best"] = {**self.best, "weights": {}}
         with atomic(self.folder / "checkpoint.pt", "wb") as f:
             torch.save({**state, "A": self.A.tolist(), "before": self.minutes, "rng": rng,
                         "optimizer": self.optimizer.state_dict() if self.optimizer else None,
@@ -1247,7 +1253,7 @@ share = _number(float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
 YES_NO = argparse.BooleanOptionalAction
 # What does not decide a run's outcome: where it is written, where it is computed, what else is run.
 FREE = {"out", "resume", "checkpoint_minutes", "quiet", "seeds", "folds", "device", "table", "rows", "bench",
-        "pretrain"}
+        "pretrain", "compile"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1296,6 +1302,7 @@ def shared_flags(description, methods, tables, data_help, backbone_help, **defau
     g.add_argument("--split", default="test", choices=["test", "val"], help="what is scored; val is to choose settings on")
     g.add_argument("--device", help="cuda, cuda:<n>, mps or cpu; default: the first there is")
     g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen model; prompts stay fp32")
+    g.add_argument("--compile", default=False, action=YES_NO, help="torch.compile: minutes at the start, then faster steps")
     p.set_defaults(**defaults)
     return p
 
@@ -1348,6 +1355,12 @@ def prepare(args, small):
     torch.use_deterministic_algorithms(True, warn_only=True)     # gradients of gathered prompts, in one order
     if small and args.device == "cpu":
         torch.set_num_threads(1)
+
+
+def compiled(args, layers):
+    """With --compile, each of these modules is compiled in place, for batches of any length."""
+    for layer in layers if args.compile else ():
+        layer.compile(dynamic=True)
 
 
 def deciding(args):

@@ -1173,6 +1173,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)                  # what a method draws at its start depends on the seed alone
     method = build_method(args, backbone, stream)
+    metrics.compiled(args, [layer for layer in method.net.modules() if isinstance(layer, MSALayer)])
     run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes)
     describe(args, stream, method, run)
 
@@ -1317,6 +1318,7 @@ def bench(args):
     for name in ("none", args.method, "finetune"):
         args.method = name
         methods[name] = build_method(args, make_backbone(args, stream), stream).train()
+        metrics.compiled(args, [layer for layer in methods[name].net.modules() if isinstance(layer, MSALayer)])
 
     def step(method):
         learns = any(p.requires_grad for p in method.parameters())

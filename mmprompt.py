@@ -1042,6 +1042,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream).to(args.device)
+    metrics.compiled(args, [*backbone.t5.encoder.block, method])
     run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet,
                       args.checkpoint_minutes)
     count = announce(args, stream, backbone, method, run)
@@ -1265,6 +1266,7 @@ def bench(args):
     mm = MMPrompt(D, length=args.length).to(args.device).eval()
     dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
+    metrics.compiled(args, [*backbone.t5.encoder.block, mm])
     pools = {name: len(pool.keys) for name, pool in mm.pools.items()}
     more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, pools, mm.layers, args.length)}
     jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x),

@@ -338,6 +338,8 @@ class VLM:
         self._items, self._prefix, self._places, self.fired = {}, None, None, 0
         self.embedding.register_forward_hook(self._write_prefix)
         self.layers = model.get_decoder().layers
+        # What torch.compile gets: attention is compiled anew for each layer's cache, so it stays as it is.
+        self.parts = [part for layer in self.layers for name, part in layer.named_children() if "attn" not in name]
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._deep_hook(i), with_kwargs=True)
 
@@ -993,6 +995,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream)
+    metrics.compiled(args, backbone.vlm.parts)
     run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes), len(stream)
     run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, "
             f"seed {args.seed}, no task id at test")
@@ -1173,6 +1176,7 @@ def bench(args):
     else:
         backbone = load_backbone(args)
     vlm, row = backbone.vlm, {}
+    metrics.compiled(args, vlm.parts)
     task = load_stream(args).tasks[0]
     train, test = (task.train * 99)[:args.batch], (task.test * 99)[:args.eval_batch]
 

@@ -1715,6 +1715,34 @@ def test_checkpoints_come_after_minutes_and_at_the_end_of_a_task(tmp_path):
     assert written == [(0, 2), (1, 0), (1, 2), (2, 0)]
 
 
+def test_a_checkpoint_holds_the_best_weights_apart_only_where_they_are_not_the_last(tmp_path):
+    def learned(scores, resume=False):
+        """One task whose weight is 0, 1, 2 ... after epoch 0, 1, 2 ...; returns the best weights as the file has them."""
+        run, p = metrics.Run(tmp_path, {}, ["a"], resume=resume, quiet=True), nn.Linear(1, 1, bias=False)
+        run.restore(p=p)
+        for t, _ in run.tasks(["a"]):
+            for epoch in run.epochs(3, dict(p.named_parameters()), torch.optim.SGD(p.parameters())):
+                p.weight.data.fill_(epoch)
+                run.keep(0.0, scores[epoch])
+                kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["best"]
+                if len(scores) == epoch + 1:
+                    return {k: x.item() for k, x in kept["weights"].items()}
+            return p.weight.item()
+    assert learned([1, 2]) == {} and learned([1, 2, 0], resume=True) == {"weight": 1.0}         # killed after the best epoch
+    assert learned([1, 2, 0, None], resume=True) == 1.0                  # nothing left to learn: the best are back
+    assert learned([2, 1]) == {"weight": 0.0} and learned([2, 1, 1, None], resume=True) == 0.0
+
+
+def test_compile_reaches_the_layers_and_leaves_attention_with_a_cache_alone(tmp_path, modal_tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: seen.append((type(self).__name__, how)))
+    mp.main(["--smoke", "--quiet", "--compile", "--device", "cpu", "--out", str(tmp_path)])
+    assert seen == [("MSALayer", {"dynamic": True})] * (3 * 5 + 3)
+    assert "compile" not in metrics.deciding(mp.parse_args(["--compile"]))                  # tables take either
+    vlm = modal.load_backbone(modal_args("--backbone", str(modal_tiny / "llava"), "--clip", str(modal_tiny / "clip"))).vlm
+    assert [type(part).__name__ for part in vlm.parts] == ["LlamaMLP", "LlamaRMSNorm", "LlamaRMSNorm"] * 3
+
+
 def test_folders_and_weights_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     tiny_t5().save_pretrained(tmp_path / "t5")
