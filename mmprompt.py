@@ -240,20 +240,29 @@ class CrossModalRecovery(nn.Module):
         # p^^M = (1 - b) p~^M                                                                            Eq. 4
         return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                                       # 2 x (B,L,D)
 
-    def recover_intra(self, p_hat, p):
-        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D),
-        L_intra ()"""
+    def fill_in(self, p_hat, p):
+        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D)"""
         # The hint goes through a rotation and is made small: w_res = res_scale * W_res.
         light = {M: self.res_scale * (p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W)
                  for M, W in self.W_res.items()}                                                 # 2 x (B,L,D)
         # Hidden tokens are filled in from those that are left, then the hint is added.  Tokens have no
         # position: all hidden ones of a sample are filled in alike.
         # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
-        p_intra = {M: self.intra[M](p_hat[M]) + light[M] for M in "QV"}                          # 2 x (B,L,D)
-        # What was recovered must be what was hidden, and w_res must stay a rotation.  p~ is a constant, or the
-        # prompts would chase their own recovery.  The norm is over D; mean over samples and tokens.
+        return {M: self.intra[M](p_hat[M]) + light[M] for M in "QV"}                             # 2 x (B,L,D)
+
+    def recover_intra(self, p_hat, p):
+        """Fills in, and says how well.  -> p_intra 2 x (B,L,D), L_intra () or, without gradients, 0"""
+        p_intra = self.fill_in(p_hat, p)
+        if not torch.is_grad_enabled():
+            return p_intra, p["Q"].new_zeros(())
+        # What was recovered must be what was hidden, and w_res must stay a rotation.  This teaches the recovery
+        # and leaves the prompts alone: they would run from a recovery that comes after them, and never stop.
+        # So both sides are constants but for the recovery's own weights, and it recovers once more.
+        # The norm is over D; mean over samples and tokens.
         # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                 Eq. 6
-        missed = {M: (p_intra[M] - p[M].detach()).square().sum(-1).mean() for M in "QV"}         # 2 x ()
+        p_hat, p = ({M: x.detach() for M, x in both.items()} for both in (p_hat, p))
+        again = self.fill_in(p_hat, p)
+        missed = {M: (again[M] - p[M]).square().sum(-1).mean() for M in "QV"}                    # 2 x ()
         L_intra = sum(missed[M] + self.orthogonality(self.W_res[M]) for M in "QV")               # ()
         return p_intra, L_intra
 
@@ -266,7 +275,7 @@ class CrossModalRecovery(nn.Module):
         return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum()
 
     def recover_inter(self, p_intra, p):
-        """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter ()"""
+        """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter () or, without gradients, 0"""
         # Each token asks the other modality's prompts, and keeps what it is.
         # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                             Eq. 7
         p_inter = {M: self.cross(M, p_intra[M], p) + p_intra[M] for M in "QV"}                   # 2 x (B,L,D)
@@ -276,6 +285,8 @@ class CrossModalRecovery(nn.Module):
         # Gate closed: the prompt stays.  Gate open: it is replaced by its refinement.
         # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                            Eq. 8
         p_final = {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
+        if not torch.is_grad_enabled():
+            return p_final, p["Q"].new_zeros(())
         # Both modalities, each seen through the other, must mean the same: their mean tokens point one way.
         # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first    Eq. 10
         views = [self.cross(M, p_final[M], p).mean(1) for M in "QV"]                             # 2 x (B,D)

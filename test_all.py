@@ -518,18 +518,26 @@ def test_eq5_to_eq10_recovery(double, masked, w_res):
     torch.testing.assert_close(inter, want_inter)
 
 
-def test_eq6_target_is_a_constant_and_recovery_learns(double):
-    layer = shake(mmprompt.CrossModalRecovery(8, 2)).eval()
+def test_eq6_teaches_the_recovery_and_leaves_the_prompts_alone(double):
+    layer, twin = (shake(mmprompt.CrossModalRecovery(8, 2)).eval() for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
     p = {M: torch.randn(2, 4, 8, requires_grad=True) for M in "QV"}
     layer(p)[1].backward()
-    # by hand: the gradient of the same loss with the target replaced by numbers
-    twin = {M: p[M].detach().clone().requires_grad_() for M in "QV"}
+    assert p["Q"].grad is None and p["V"].grad is None
+    # by hand: the gradient of the same loss with the prompts replaced by numbers
     numbers = {M: p[M].detach() for M in "QV"}
-    x = {M: layer.intra[M](twin[M]) + 0.1 * twin[N] @ layer.W_res[M].T for M, N in (("Q", "V"), ("V", "Q"))}
-    sum(((x[M] - numbers[M]) ** 2).sum(-1).mean() for M in "QV").backward()
-    for M in "QV":
-        torch.testing.assert_close(p[M].grad, twin[M].grad)
-    assert all(q.grad is not None and q.grad.abs().sum() > 0 for M in "QV" for q in layer.intra[M].parameters())
+    x = {M: twin.intra[M](numbers[M]) + 0.1 * numbers[N] @ twin.W_res[M].T for M, N in (("Q", "V"), ("V", "Q"))}
+    (sum(((x[M] - numbers[M]) ** 2).sum(-1).mean() + twin.orthogonality(twin.W_res[M]) for M in "QV")).backward()
+    for part in ("intra", "W_res"):
+        for q, want in zip(getattr(layer, part).parameters(), getattr(twin, part).parameters()):
+            torch.testing.assert_close(q.grad, want.grad)
+            assert q.grad.abs().sum() > 0
+    layer(p)[0]["Q"].sum().backward()                                # the answer's loss still reaches the prompts
+    assert p["Q"].grad.abs().sum() > 0 and p["V"].grad.abs().sum() > 0
+    with torch.no_grad():                                            # answering: the losses cost nothing
+        final, *nothing = layer(p)
+    assert nothing == [0, 0]
+    torch.testing.assert_close(final["Q"], layer(p)[0]["Q"])
 
 
 def test_eq6_vector_form(double):
