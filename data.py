@@ -332,6 +332,7 @@ def kind_of(name):
     return next(k for k, end in KINDS.items() if COCO_NAMES.index(name) < end)
 
 
+@functools.cache
 def _sprites():
     """(80,4,8,8) bool: a mirror-symmetric glyph per class and its four turns, any two at least 14 of 64 cells
     apart."""
@@ -346,16 +347,6 @@ def _sprites():
     return np.stack(found)
 
 
-@functools.lru_cache(maxsize=None)
-def _glyph(name, pose):
-    if "all" not in _GLYPHS:
-        _GLYPHS["all"] = _sprites()
-    return _GLYPHS["all"][COCO_NAMES.index(name), POSES.index(pose)]
-
-
-_GLYPHS = {}
-
-
 def draw_scene(scene):
     """The picture (96,96) RGB of a scene, and its boxes (n,4) in [0,1] as x1 y1 x2 y2: objects, then the
     whole picture."""
@@ -368,7 +359,7 @@ def draw_scene(scene):
     canvas = canvas.clip(0, 255).astype(np.uint8)
     boxes = []
     for thing in scene["things"]:
-        cells = _glyph(thing["name"], thing["pose"])
+        cells = _sprites()[COCO_NAMES.index(thing["name"]), POSES.index(thing["pose"])]
         y, x = np.mgrid[:8, :8]
         dark = {"plain": y < 0, "striped": y % 2 == 1, "dotted": (y % 3 == 1) & (x % 3 == 1),
                 "checked": (x + y) % 2 == 1}
@@ -1236,22 +1227,20 @@ def pattern_name(available):
     return "".join({"audio": "a", "video": "v", "text": "l"}[m] for m in MODALITIES if m in available)
 
 
-def describe_affect(source="mini", patterns=None, **options):
-    """A few lines about an affect stream: sizes, and what a linear read-out of the mean features reaches per
+def describe_affect():
+    """A few lines about mini-affect: sizes, and what a linear read-out of the mean features reaches per
     pattern.
 
     For every pattern: accuracy (points) of least squares fitted on that pattern's train split (its best use),
     and of the weights fitted on complete modalities with the missing ones set to zero (what a model that
     knows no other case does).
     """
-    patterns = patterns or [frozenset(p) for p in (MODALITIES, ("audio", "video"), ("video", "text"), ("audio", "text"),
-                                                   ("audio",), ("video",), ("text",))]
-    stream = affect_stream(source, patterns, **options)
+    patterns = [frozenset(p) for p in (MODALITIES, ("audio", "video"), ("video", "text"), ("audio", "text"),
+                                       ("audio",), ("video",), ("text",))]
+    stream = affect_stream("mini", patterns)
     task, extra = stream.tasks[0], stream.extra
     mean = {m: x.mean(1) for m, x in extra["features"].items()}
     label = extra["label"][:, None]
-    if extra["scoring"] == "classes":
-        label = np.eye(extra["outputs"])[extra["label"]] * 2 - 1
 
     def table(rows, seen):
         return np.concatenate([mean[m][rows] * (m in seen) for m in MODALITIES] + [np.ones((len(rows), 1))], 1)
@@ -1259,8 +1248,6 @@ def describe_affect(source="mini", patterns=None, **options):
 
     def accuracy(weights, seen):
         guess, truth = table(task.test.rows, seen) @ weights, label[task.test.rows]
-        if truth.shape[1] > 1:
-            return 100 * np.mean(guess.argmax(1) == truth.argmax(1))
         return 100 * np.mean((guess > 0) == (truth > 0))
     full = fit(MODALITIES)
     lines = [f"{extra['version']}: " + ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
@@ -1661,8 +1648,7 @@ _COIN_FOLDERS = {"REC": "Grounding"}                         # CoIN's folder of 
 _COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}            # others: test.json
 COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/"
              "{train,test}.json (val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset "
-             "Zacks-Chen/CoIN; pictures below "
-             "DIR at the paths the JSON files name")
+             "Zacks-Chen/CoIN; pictures below DIR at the paths the JSON files name")
 
 
 def parse_box(text):
@@ -1817,7 +1803,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.source == "mini-affect":
-        return print(describe_affect("mini"))
+        return print(describe_affect())
     if args.source == "mini-coin":
         print("\n".join(describe_mini_coin(args.sheet, seed=args.seed)))
         return print(f"wrote {args.sheet}") if args.sheet else None

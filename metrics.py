@@ -164,11 +164,6 @@ def vqa_accuracy(prediction, ten_answers):
     return score / len(truth)
 
 
-def exact_match(prediction, answer):
-    """1.0 if both are the same after trimming and lower-casing, else 0.0."""
-    return float(str(prediction).strip().lower() == str(answer).strip().lower())
-
-
 def token_f1(prediction, answer):
     """F1 of the two bags of normalised words, in [0,1].
 
@@ -235,7 +230,7 @@ def score_instruction(kind, prediction, sample, official=False):
     if kind == "gqa":
         return float(guess.rstrip(".").lower() == truth.rstrip(".").lower())
     if kind == "word":
-        return exact_match(guess, truth)
+        return float(guess.strip().lower() == truth.strip().lower())
     if kind == "box":
         a, b = (_official_box(guess) if official else parse_box(guess)), parse_box(truth)
         return float(a is not None and len(a) == 4 and b is not None and box_iou(a, b) > 0.5)
@@ -359,11 +354,10 @@ def _canvas(width, height, title):
     return image, draw
 
 
-def heat_map(A, path, rows=None, columns=None, title="", low=0.0, high=100.0):
+def heat_map(A, path, rows, columns, title="", low=0.0, high=100.0):
     """Draw a matrix (R,C) as a PNG; nan cells stay white.  rows, columns: labels.  Values are printed."""
     A = np.asarray(A, float)
     R, C = A.shape
-    rows, columns = rows or [str(i + 1) for i in range(R)], columns or [str(i + 1) for i in range(C)]
     cell, left, top = 46, 12 + 7 * max(map(len, map(str, rows))), 54
     image, draw = _canvas(left + cell * C + 8, top + 26 * R + 8, title)
     for j, name in enumerate(columns):                          # two lines, so that neighbours do not overlap

@@ -537,7 +537,8 @@ class MissingModalityPrompts(Method):
         """L_con: zero where there are no task-aware prompts or no pairs to compare."""
         if self.prompts.k_miss is None or not self.pairs:
             return torch.zeros((), device=self.store.y.device)
-        return task_interaction_loss(self.prompts.z(), self.pairs, self.trade_off, self.tau)      # Eq. 6-7
+        with torch.autocast(self.store.y.device.type, enabled=False):        # bf16 would blur cosines near 1
+            return task_interaction_loss(self.prompts.z(), self.pairs, self.trade_off, self.tau)  # Eq. 6-7
 
     def loss(self, b):
         return total_loss(self.store.loss(self(b), b.y), self.contrastive(), self.gamma)          # Eq. 8
@@ -830,7 +831,7 @@ class MISA(Summarised):
         overlap = sum(on(crossing, shared, i, private, i) for i in M)
         overlap = overlap + sum(on(crossing, private, i, private, j) for i, j in pairs)
         rebuilt = torch.stack([f(shared[:, i] + private[:, i]) for i, f in enumerate(self.rebuild)], 1)
-        again = F.mse_loss(rebuilt[there], h.detach()[there])
+        again = F.mse_loss(rebuilt[there], h[there])
         return self.store.loss(output, b.y) + self.weight * (alike + overlap + again)
 
 

@@ -189,7 +189,8 @@ class PromptPool(nn.Module):
 class CrossModalRecovery(nn.Module):
     """Hide prompt tokens, recover them inside the modality, then across (section 3.3, Eq. 4-10).
 
-    forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
+    forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter (); without gradients
+    both are 0.
     fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
     mask_granularity: whether Eq. 4 hides a "token" or a "feature".  res_scale: w_res is a rotation times
     this, the paper's "very small" hint.  only_hidden: what was not hidden stays
@@ -206,8 +207,7 @@ class CrossModalRecovery(nn.Module):
         self.granularity, self.res_scale, self.only_hidden = mask_granularity, res_scale, only_hidden
         if fusion == "recovery" and use_intra:
             self.intra = nn.ModuleDict({M: SelfAttention(d_model, n_heads, 2 * d_model) for M in "QV"})
-            # a matrix starts as the identity, a vector with length 1: both are "orthogonal" in the sense of
-            # Eq. 6
+            # A matrix starts as the identity, a vector with length 1: both meet the second term of Eq. 6.
             start = torch.eye(d_model) if w_res == "matrix" else torch.full((d_model,), d_model ** -0.5)
             self.W_res = nn.ParameterDict({M: nn.Parameter(start.clone()) for M in "QV"})
         if fusion in ("recovery", "cross-attention") and use_inter:
@@ -242,7 +242,7 @@ class CrossModalRecovery(nn.Module):
 
     def fill_in(self, p_hat, p):
         """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D)"""
-        # The hint goes through a rotation and is made small: w_res = res_scale * W_res.
+        # The hint goes through a rotation W_res and is made small: w_res = res_scale * W_res.
         light = {M: self.res_scale * (p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W)
                  for M, W in self.W_res.items()}                                                 # 2 x (B,L,D)
         # Hidden tokens are filled in from those that are left, then the hint is added.  Tokens have no
@@ -255,11 +255,11 @@ class CrossModalRecovery(nn.Module):
         p_intra = self.fill_in(p_hat, p)
         if not torch.is_grad_enabled():
             return p_intra, p["Q"].new_zeros(())
-        # What was recovered must be what was hidden, and w_res must stay a rotation.  This teaches the recovery
-        # and leaves the prompts alone: they would run from a recovery that comes after them, and never stop.
-        # So both sides are constants but for the recovery's own weights, and it recovers once more.
+        # What was recovered must be what was hidden, and W_res must stay a rotation.  The recovery learns this,
+        # from prompts that are constants on both sides.  With a gradient on the left alone a prompt would move
+        # against what the recovery adds to it, step after step, since the right side moves along.
         # The norm is over D; mean over samples and tokens.
-        # L_intra = sum_M |p_intra^M - p~^M|^2 + |w_res w_res^T - I|_F^2                                 Eq. 6
+        # L_intra = sum_M |p_intra^M - p~^M|^2 + |W_res W_res^T - I|_F^2                                 Eq. 6
         p_hat, p = ({M: x.detach() for M, x in both.items()} for both in (p_hat, p))
         again = self.fill_in(p_hat, p)
         missed = {M: (again[M] - p[M]).square().sum(-1).mean() for M in "QV"}                    # 2 x ()
@@ -651,10 +651,7 @@ class Method(nn.Module):
     lr, layers, keep, weights = 8e-3, {}, False, {}
     whole_t5 = False                                                 # does the T5 itself learn?
     one_stage = False                                                # knows no tasks: all of them at once
-
-    def __init__(self):
-        super().__init__()
-        self.t = 0
+    t = 0
 
     def begin_task(self, t):
         self.t = t
@@ -746,7 +743,7 @@ class DualPrompt(Method):
             if self.training:
                 start = metrics.summed(q.detach().mean(0)) / metrics.PROCESSES
                 keys.data[t] = torch.where(keys[t].any(), keys[t], start)
-            s = cosines(q, keys)                                                                 # (B,T)
+            s = cosines(q.detach(), keys)                            # (B,T); keys move, eyes that learn do not
             pull = pull + (1 - s[:, t]).mean()
             # training knows its task, test does not: there the nearest key of the tasks so far decides
             best = torch.full_like(s[:, 0], t, dtype=torch.long) if self.training else s[:, :t + 1].argmax(-1)
@@ -1118,8 +1115,8 @@ def measure(args, stream, backbone, method, run):
                    "modality_difference": float(metrics.modality_difference(mean["v"], mean["q"]))}
     for t, (v, q) in enumerate(run.kept.get("alone", []), 1):
         joint = float(np.nanmean(run.A[t - 1]))
-        values |= {f"ME {t}": float(metrics.merge_effectiveness(joint, v, q)),
-                   f"MD {t}": float(metrics.modality_difference(v, q))}
+        values |= {f"ME {t}": float(metrics.merge_effectiveness(joint, v, q)),                   # Eq. 12
+                   f"MD {t}": float(metrics.modality_difference(v, q))}                          # Eq. 13
     if args.each_task:
         some = [sample for samples in tests for sample in samples[:20]]
         values["prompts_apart"] = prompts_apart(backbone, method, some)
@@ -1281,7 +1278,7 @@ def bench(args):
     pools = {name: len(pool.keys) for name, pool in mm.pools.items()}
     more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, pools, mm.layers, args.length)}
     jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x),
-            "query + selection + recovery (Eq. 1-10)": lambda: mm(*x), "DualPrompt's prompts": lambda: dual(*x),
+            "query + selection + recovery (Eq. 1-9)": lambda: mm(*x), "DualPrompt's prompts": lambda: dual(*x),
             "encoder with MM-Prompt": lambda: backbone.encode(*x, mm),
             "encoder with DualPrompt": lambda: backbone.encode(*x, dual),
             **{f"encoder with {name}": functools.partial(backbone.encode, *x, method.to(args.device).eval())
