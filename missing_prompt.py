@@ -904,11 +904,13 @@ class MCTN(Summarised):
     def made(self, h, b):
         source, *others = [i for i, m in enumerate(MODALITIES) if m in PATTERNS[b.task]][::-1]       # text is last
         code = self.encoders[source](h[:, source])
-        return code, (source, others, code)
+        return code, (source, others)
 
     def loss(self, b):
-        output, h, (source, others, code) = self.predict(b)
+        output, h, (source, others) = self.predict(b)
+        # MCTN translates features, which are constants: else a summary would move against its own translation
         loss, h = self.store.loss(output, b.y), h.detach()
+        code = self.encoders[source](h[:, source])
         for i in others:
             there = self.decoders[i](code)
             again = self.decoders[source](self.encoders[i](there))

@@ -2400,6 +2400,9 @@ def test_missing_mctn_translates_and_back():
             there = decode[i](code)
             want = want + 0.1 * ((there - h[:, i]).square().mean() + (decode[source](encode[i](there)) - h[:, source]).square().mean())
         assert (learner.loss(b) - learner.store.loss(learner(b), b.y)).item() == pytest.approx(float(torch.as_tensor(want).detach()), abs=1e-5)
+    learner.store.loss = lambda output, y: 0.0
+    b = learner.store.batch(torch.arange(4), 0)                      # what is translated is constant: the backbone learns none of it
+    assert {*torch.autograd.grad(learner.loss(b), [*learner.net.parameters()], allow_unused=True)} == {None}
 
 
 def test_missing_dualprompt_starts_a_key_at_the_mean_query(monkeypatch):
