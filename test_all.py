@@ -641,6 +641,15 @@ def test_selection_is_the_same_in_bf16():
     assert not torch.equal(rough, want)                              # the case is not an easy one
 
 
+def test_prompts_are_full_precision_whatever_the_encoders_is():
+    model, method = tiny_model(), made(arguments("mmprompt"), 2).eval()
+    x = tokens(D=model.width)
+    want = model.encode(*x, method)[2].prompts
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.encode(*x, method)[2].prompts
+    assert all(torch.equal(got[G], want[G]) for G in "GE")
+
+
 def test_eq11_total():
     one = torch.tensor
     assert float(mmprompt.total_loss(one(1.0), {"qk": one(2.0), "intra": one(10.0), "inter": one(100.0)},
@@ -979,6 +988,30 @@ def test_dualprompt_trains_its_task_and_finds_it_by_key():
     out = method.eval()(F_q, F_v, q_mask, v_mask)
     assert out.chosen["QE"][0] == 1 and out.chosen["QE"].max() <= 2
     torch.testing.assert_close(out.prompts["E"][0, :4], method.pools["QE"][1])
+
+
+def test_l2p_enters_at_other_blocks_where_a_row_says_so():
+    own, moved = made(arguments("l2p"), 2), made(arguments("l2p", options={"blocks": (1, 2), "keep": False}), 2)
+    assert [{*blocks} for blocks in own.layers.values()] == [{0}] and own.keep
+    assert [{*blocks} for blocks in moved.layers.values()] == [{1, 2}] and not moved.keep
+
+
+def test_each_part_learns_at_its_own_rate():
+    args = arguments("mmprompt", lr=1.0, lr_query=2.0, lr_attention=3.0, lr_backbone=4.0, weight_decay=0.1, train_vision="always")
+    learning = mmprompt.what_learns(args, tiny_model(), made(args, 2), 0)
+    groups = mmprompt.make_optimizer(args, learning).param_groups
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(learning)
+    for name, p in learning.items():
+        want = (4.0, 0.1) if name.startswith("backbone.") else (1.0, 0.0) if ".pools." in name else (2.0, 0.1) if ".query." in name else (3.0, 0.1)
+        assert rates[id(p)] == want, name
+
+
+def test_titles_say_where_the_papers_numbers_are_from():
+    said = {"2": "reconstructed", "10": "reconstructed", "11": "reconstructed", "3": "NExT-QA", "9": "VQA v2"}
+    assert all(word in mmprompt.TABLES[name][0] for name, word in said.items())
+    rows = [(label, own) for label, own, _ in mp.TABLES["2"][2] if "buffer" in label]
+    assert len(rows) == 8 and all(own["buffer"] == int(label.split()[-1]) for label, own in rows)
 
 
 def test_l2p_joins_the_chosen_prompts_unmixed():
@@ -2668,9 +2701,13 @@ def test_missing_reads_npz(tmp_path):
     mean = x["text"][3].mean(0)                                      # windows of 2 and 3 steps, weighted by their length
     width = np.diff(np.linspace(0, 120, 51).astype(int))[:, None]
     assert np.allclose((stream.tasks[0].test[0]["text"] * width).sum(0) / 120, mean, atol=1e-5)
-    np.savez(path, **x, label=np.arange(12) % 3, split=np.array(["train"] * 6 + ["valid"] * 3 + ["test"] * 3))
+    far = {m: 3 * v + 50 for m, v in x.items()}
+    np.savez(path, **far, label=np.arange(12) % 3, split=np.array(["train"] * 6 + ["valid"] * 3 + ["test"] * 3))
     stream = affect_stream(str(path), mp.PATTERNS)
     assert stream.extra["outputs"] == 3 and stream.extra["scoring"] == "classes" and len(stream.tasks[6].train) == 6
+    for m in mp.MODALITIES:                                          # by default each feature has mean 0, spread 1 in training
+        steps = stream.extra["features"][m][:6]
+        assert abs(steps.mean((0, 1))).max() < 0.2 and abs(steps[..., 0].std() - 1) < 0.3, m
     for change, words in (({"fold": np.zeros(12, int)}, "three or more"), ({}, "no key split or fold"),
                           ({"fold": np.arange(11)}, "11 entries"), ({"split": np.zeros(12, int)}, "no val utterances"),
                           ({"split": np.arange(12) % 4}, "not '3'")):
@@ -3618,6 +3655,16 @@ def test_modal_resume_equals_uninterrupted_and_coin_runs_by_path(tmp_path, modal
     assert out.out.strip() and all(n in out.err for n in ("ScienceQA", "REC", "VQAv2"))
     modal.main(ask)                                                  # the run knows its models
     assert capsys.readouterr() == out
+    told, kept = json.loads((tmp_path / "whole/results.json").read_text()), {"template": "vicuna", "backbone_seed": 3, "dtype": "bf16"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/prompts.safetensors").write_bytes((tmp_path / "whole/prompts.safetensors").read_bytes())
+    (tmp_path / "other/results.json").write_text(json.dumps({**told, "args": {**told["args"], **kept}}))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        def stop_here(args):
+            assert {k: getattr(args, k) for k in kept} == kept
+            raise KeyboardInterrupt
+        m.setattr(modal, "load_backbone", stop_here)
+        modal.main(["--answer", "none", "What?", "--prompts", str(tmp_path / "other/prompts.safetensors")])
     (tmp_path / "whole/results.json").rename(tmp_path / "away.json")
     with pytest.raises(data.InputError, match="widths"):
         modal.main(ask)
