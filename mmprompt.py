@@ -1395,7 +1395,9 @@ def main(argv=None):
     if args.table:
         columns, paper = (FIG_3, None) if args.table == "fig3" else (COLUMNS, "A / F_inter")
         lines = args.table in ("fig4c", "fig4d", "fig9")
-        table = metrics.Table(args, settle, *TABLES[args.table], columns, columns[:2], paper, lines)
+        title, against, rows = TABLES[args.table]
+        title = title.replace("on mini", f"on {args.data}")
+        table = metrics.Table(args, settle, title, against, rows, columns, columns[:2], paper, lines)
         for one, folder in table.missing():
             run(one, folder)
         return print(table.write())
