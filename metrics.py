@@ -230,7 +230,7 @@ def score_instruction(kind, prediction, sample, official=False):
     if kind == "gqa":
         return float(guess.rstrip(".").lower() == truth.rstrip(".").lower())
     if kind == "word":
-        return float(guess.strip().lower() == truth.strip().lower())
+        return float(guess.lower() == truth.lower())
     if kind == "box":
         a, b = (_official_box(guess) if official else parse_box(guess)), parse_box(truth)
         return float(a is not None and len(a) == 4 and b is not None and box_iou(a, b) > 0.5)

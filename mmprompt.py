@@ -189,8 +189,8 @@ class PromptPool(nn.Module):
 class CrossModalRecovery(nn.Module):
     """Hide prompt tokens, recover them inside the modality, then across (section 3.3, Eq. 4-10).
 
-    forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter (); without gradients
-    both are 0.
+    forward({"Q": p~ (B,L,D), "V": p~ (B,L,D)}) -> p_final {"Q","V"}, L_intra (), L_inter ()
+    Both losses are 0 without gradients.
     fusion: "recovery" is the paper's; the rest are Table 13's alternatives.  w_res: "matrix" or "vector".
     mask_granularity: whether Eq. 4 hides a "token" or a "feature".  res_scale: w_res is a rotation times
     this, the paper's "very small" hint.  only_hidden: what was not hidden stays
@@ -241,7 +241,7 @@ class CrossModalRecovery(nn.Module):
         return {M: p[M].masked_fill(b, 0.0) for M in "QV"}                                       # 2 x (B,L,D)
 
     def fill_in(self, p_hat, p):
-        """From what is left of the modality itself, with a light hint of the other.  -> p_intra 2 x (B,L,D)"""
+        """From what is left of the modality, with a light hint of the other.  -> p_intra 2 x (B,L,D)"""
         # The hint goes through a rotation W_res and is made small: w_res = res_scale * W_res.
         light = {M: self.res_scale * (p[OTHER[M]] @ W.T if W.ndim == 2 else p[OTHER[M]] * W)
                  for M, W in self.W_res.items()}                                                 # 2 x (B,L,D)
