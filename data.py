@@ -110,8 +110,10 @@ COCO_GROUPS = [group.split(",") for group in (
     "baseball glove,bear,wine glass,traffic light,horse,mouse,stop sign,zebra,handbag,skis",
     "fire hydrant,toaster,cat,bench,remote,clock,hair drier,bird,suitcase,toothbrush",
     "carrot,backpack,tie,elephant,frisbee,bicycle,donut,boat,airplane,vase")]
+VQA_GROUPS = [(f"G{i + 1} {group[0]}..", {*group}) for i, group in enumerate(COCO_GROUPS)]
 # Table 7: one QI task each, in this order.  Table 6: consecutive pairs are the five subtasks inside a DI task.
 QUESTION_TYPES = "recognition location judge commonsense count action color type subcategory causal".split()
+TYPE_PAIRS = [("+".join(pair), {*pair}) for pair in zip(QUESTION_TYPES[::2], QUESTION_TYPES[1::2])]
 
 # VQACL's ten question types by the `question_type` field (a question's opening words) of the VQA annotations.
 # "how" alone is in no list: such questions are dropped and counted.
@@ -145,42 +147,31 @@ def vqa_question_type(prefix, question):
     return _TYPE_OF_PREFIX.get(prefix.strip().lower())
 
 
-def partition(setting, parts, categories, types, pairs=None, outer="category", subtask_seed=None):
+def partition(setting, parts, categories, types, inner, seed, outer="category"):
     """A Stream from {"train","val","test": samples} in one of MM-Prompt's settings (section 4.1, appendix A).
 
     CI: one task per group of `categories` [(name, {category, ...})].  QI: one per entry of `types` [name].
-    DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with inner subtasks made
-    of the other: `pairs` of types, or the groups in `pairs` [(name, {category, ...})].
-    subtask_seed shuffles the inner order of each outer task, as the official code does; None keeps it.
+    DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with `inner` subtasks of
+    the other label, [(name, {type, ...})] or [(name, {category, ...})], in an order of their own for each outer task,
+    drawn from the seed as in the official code.
     Samples that no task takes are counted in .notes; empty tasks raise InputError.
     """
     if setting not in ("DI", "CI", "QI"):
         raise InputError(f"--setting is DI, CI or QI, not {setting!r}")
-    by_category = [(name, lambda s, group=frozenset(group): s.category in group) for name, group in categories]
-    by_type = [(name, lambda s, name=name: s.question_type == name) for name in types]
-    if setting == "CI":
-        outer_rules, inner_rules = by_category, []
-    elif setting == "QI":
-        outer_rules, inner_rules = by_type, []
-    elif outer == "category":
-        outer_rules = by_category
-        of_pair = lambda pair: lambda s: s.question_type in pair
-        inner_rules = [("+".join(pair), of_pair(frozenset(pair))) for pair in pairs]
-    else:
-        outer_rules = by_type
-        inner_rules = [(name, lambda s, group=frozenset(group): s.category in group) for name, group in pairs]
-    splits = ("train", "val", "test")
-    tasks = []
-    for t, (name, rule) in enumerate(outer_rules):
-        own = {k: [s for s in parts[k] if rule(s)] for k in splits}
+    by_class = {"DI": outer == "category", "CI": True, "QI": False}[setting]      # what the tasks are made of
+    groups = categories if by_class else [(name, {name}) for name in types]
+    label, other = ("category", "question_type") if by_class else ("question_type", "category")
+    splits, tasks = ("train", "val", "test"), []
+    for t, (name, group) in enumerate(groups):
+        own = {k: [s for s in parts[k] if getattr(s, label) in group] for k in splits}
         empty = [k for k in splits if not own[k]]
         if empty:
             raise InputError(f"task {name!r} of setting {setting} has no {' and no '.join(empty)} question; "
                              "leave it out, give more data, or name the splits yourself")
-        subtasks = [Task(inner, *([s for s in own[k] if r(s)] for k in splits)) for inner, r in inner_rules]
+        subtasks = [Task(part, *([s for s in own[k] if getattr(s, other) in labels] for k in splits))
+                    for part, labels in (inner if setting == "DI" else [])]
         subtasks = [s for s in subtasks if s.train]
-        if subtask_seed is not None:
-            random.Random(f"{subtask_seed} {t}").shuffle(subtasks)
+        random.Random(f"{seed} {t}").shuffle(subtasks)
         tasks.append(Task(name, own["train"], own["val"], own["test"], subtasks))
     taken = {id(s) for t in tasks for k in splits for s in getattr(t, k)}
     lost = sum(id(s) not in taken for k in splits for s in parts[k])
@@ -545,19 +536,17 @@ def _mini_world(seed, sizes):
                 rows.append(Sample(f"{split}{len(rows)}", len(scenes), question, (answer,), kind, name))
             scenes.append(scene)
         parts[split] = rows[:size]
-    return parts, scenes, draw_scenes(scenes)
+    return parts, draw_scenes(scenes)
 
 
-def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
+def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600)):
     """The built-in world as a Stream: .extra["regions"] = pixels (S,6,16,16,3), boxes (S,6,4), valid (S,6);
     sample.image = row.
 
     CI 8 tasks, QI 10 tasks, DI 8 tasks of 5 subtasks.  Two seconds a thousand questions.
     """
-    parts, scenes, regions = _mini_world(seed, tuple(sizes))
-    stream = partition(setting, parts, [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(COCO_GROUPS)], QUESTION_TYPES,
-                       pairs=list(zip(QUESTION_TYPES[::2], QUESTION_TYPES[1::2])),
-                       subtask_seed=seed if subtask_seed is None else subtask_seed)
+    parts, regions = _mini_world(seed, tuple(sizes))
+    stream = partition(setting, parts, VQA_GROUPS, QUESTION_TYPES, TYPE_PAIRS, seed)
     stream.extra.update(regions=regions, version=f"mini-VQA {MINI_VQA_VERSION}")
     return stream
 
@@ -566,7 +555,7 @@ def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600), subtask_seed=None):
 # The files of visualqa.org as they are, with COCO's categories.  The file tree stands in docs/mmprompt.md.
 
 
-def _vqav2(setting, root, seed, outer="category"):
+def _vqav2(setting, root, seed):
     """VQA v2 from the official JSON files below `root` (docs/mmprompt.md shows the tree).
 
     sample.image is "val2014/COCO_val2014_...jpg".  Category of a picture: VQACL's ImgId_cate_map.json when present,
@@ -617,8 +606,7 @@ def _vqav2(setting, root, seed, outer="category"):
                          "val" if share < (.5 if len(found) == 2 else .9) else "test")
                 picture = sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg")
                 parts[split].append(Sample(name, picture, question, tuple(answers), kind, group))
-    stream = partition(setting, parts, [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(COCO_GROUPS)], QUESTION_TYPES,
-                       list(zip(QUESTION_TYPES[::2], QUESTION_TYPES[1::2])), outer, seed)
+    stream = partition(setting, parts, VQA_GROUPS, QUESTION_TYPES, TYPE_PAIRS, seed)
     stream.notes += [f"dropped {n:,}: {why}" for why, n in dropped.most_common()]
     stream.extra["root"] = root
     return stream
@@ -719,7 +707,7 @@ def _nextqa(setting, root, seed):
         parts = {"train": cut(0, .7), "val": cut(.7, .8), "test": cut(.8, 1)}
     groups = [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(NEXTQA_GROUPS)]
     inner = [(f"G{i}", [NEXTQA_NAMES[n - 1] for n in ids]) for i, ids in enumerate(NEXTQA_SUBGROUPS)]
-    stream = partition(setting, parts, groups, NEXTQA_TYPES, inner, "type", seed)
+    stream = partition(setting, parts, groups, NEXTQA_TYPES, inner, seed, outer="type")
     if len(filled) < 3:
         stream.notes.append(f"only {' and '.join(filled)} files: divided 70/10/20 by video")
     stream.extra["root"] = root
@@ -775,8 +763,8 @@ def _jsonl(setting, path, root, seed):
         types[sample.question_type] = categories[sample.category] = None
     if not types:
         raise InputError(f"{path} holds no question")
-    stream = partition(setting, parts, [(name, {name}) for name in categories], list(types), [(name,) for name in types],
-                       subtask_seed=seed)
+    single = lambda names: [(name, {name}) for name in names]
+    stream = partition(setting, parts, single(categories), types, single(types), seed)
     stream.extra["root"] = root
     return stream
 

@@ -72,13 +72,13 @@ def forgetting(A, best="earlier"):
     return float(np.mean([np.nanmax(rows(t)) - A[-1, t] for t in range(T - 1)]))
 
 
-def intra_forgetting(matrices, best="earlier"):
+def intra_forgetting(matrices):
     """F_intra: the mean of `forgetting` over the outer tasks, each with the (S,S) matrix of its own subtasks.
 
     MM-Prompt names it "logically similar" to F_inter and prints no formula (section 4.1); this is the literal
     reading.  A float.
     """
-    return float(np.mean([forgetting(A, best) for A in matrices]))
+    return float(np.mean([forgetting(A) for A in matrices]))
 
 
 def last(A):
@@ -948,11 +948,11 @@ class Run:
         from tqdm import tqdm
         return tqdm(steps, desc=self.where, leave=False, mininterval=1, disable=self.quiet)
 
-    def check(self, loss, step, optimizer):
+    def check(self, loss, step):
         """Raises InputError where the loss () is not finite."""
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at {self.where}, step {step + 1}, "
-                             f"lr {optimizer.param_groups[0]['lr']:g}; use a smaller --lr (or --dtype fp32)")
+                             f"lr {self.optimizer.param_groups[0]['lr']:g}; use a smaller --lr (or --dtype fp32)")
 
     def keep(self, loss, score=None):
         """Ends an epoch: log, best weights, checkpoint.
@@ -1083,8 +1083,11 @@ def last_line(name, results, columns):
                                      f"peak {max(r['peak_memory_mb'] for r in results):.0f} MiB"])
 
 
-def keep_means(folder, results):
-    """results.json of several runs: mean and standard deviation (ddof 1) of every metric, and each run's own."""
+def conclude(folder, name, results, columns):
+    """Of several runs: the last line, and results.json with mean and standard deviation (ddof 1) of every metric
+    and each run's own.  One run has said everything already."""
+    if len(results) < 2:
+        return
     both = {}
     for k in results[0]["metrics"]:
         mean, std = mean_std([r["metrics"][k] for r in results])
@@ -1092,16 +1095,17 @@ def keep_means(folder, results):
     runs = [{"seed": r["args"]["seed"], "fold": r["args"].get("fold"), **r["metrics"]} for r in results]
     with atomic(Path(folder) / "results.json") as f:
         json.dump(jsonable({"metrics": both, "runs": runs}), f, indent=1)
+    print(last_line(name, results, columns))
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def worth(script, world, labels, column):
+def worth(script, world, bounds):
     """What a score on a built-in world is worth: the bounds on the same world and setting, as one line.
 
     "" where they are not on file.
-    labels: {word: row of results/<script>/tablebounds.json}.  column: the metric, or {word: metric}.
+    bounds: {word: (row of results/<script>/tablebounds.json, metric)}.
     """
     try:
         table = json.loads((RESULTS / script / "tablebounds.json").read_text())
@@ -1109,8 +1113,7 @@ def worth(script, world, labels, column):
     except (OSError, ValueError, KeyError):
         return ""
     words = []
-    for word, label in labels.items():
-        k = column if isinstance(column, str) else column[word]
+    for word, (label, k) in bounds.items():
         values = [r["metrics"][k] for r in rows.get(label, ()) if r.get("world") == world and k in r["metrics"]]
         if values:
             words.append(f"{word} {np.mean(values):.1f} ({len(values)} seeds)")

@@ -353,7 +353,7 @@ class MulT(MultimodalTransformer):
     def __init__(self, dims, outputs, width=30, heads=5, layers=5, fusion=3, dropout=0.1):
         super().__init__(dims, outputs, width, heads, 0, 0, dropout)
         stack = lambda n, kind, w: nn.ModuleList(kind(w, heads, dropout) for _ in range(n))
-        self.layers, self.depth, self.features = layers, layers, 6 * width
+        self.layers, self.features = layers, 6 * width
         names = [f"{m}<{s}" for m in MODALITIES for s in MODALITIES if m != s]
         self.cross = nn.ModuleDict({name: stack(layers, CrossLayer, width) for name in names})
         self.memory = nn.ModuleDict({m: stack(fusion, MSALayer, 2 * width) for m in MODALITIES})
@@ -1079,6 +1079,7 @@ def build_method(args, backbone, stream):
     """The method that --method names.  Raises InputError where its arguments do not fit."""
     if METHODS[args.method].buffered and metrics.PROCESSES > 1:
         raise InputError(f"--method {args.method} fills one buffer, from one process: start it without torchrun")
+    metrics.compiled(args, [layer for layer in backbone.modules() if isinstance(layer, MSALayer)])
     with metrics.one_clear_line():
         return METHODS[args.method](backbone, Store(stream, args.device), args, **args.options).to(args.device)
 
@@ -1141,7 +1142,7 @@ def learn_task(args, backbone, method, lesson, run):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = method.loss(b) * weight
             value = metrics.summed(loss.detach()).item()
-            run.check(value, step, optimizer)
+            run.check(value, step)
             optimizer.zero_grad()
             loss.backward()
             metrics.sum_gradients(learning.values())
@@ -1176,7 +1177,6 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)                  # what a method draws at its start depends on the seed alone
     method = build_method(args, backbone, stream)
-    metrics.compiled(args, [layer for layer in method.net.modules() if isinstance(layer, MSALayer)])
     run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes)
     describe(args, stream, method, run)
 
@@ -1230,8 +1230,8 @@ def finish(args, stream, method, run):
     if "task_aware_cosine" in results:                             # in the order of Table 1, whatever --order
         cosine_map(results["task_aware_cosine"], run.folder / "task_aware_cosine.png")
     if args.data == "mini" and not args.smoke:
-        bounds = {word: word for word in ("frozen", "fine-tuning", "joint")}
-        run.say(metrics.worth("missing_prompt", stream.extra["version"], bounds, "AA"))
+        bounds = {word: (word, "AA") for word in ("frozen", "fine-tuning", "joint")}
+        run.say(metrics.worth("missing_prompt", stream.extra["version"], bounds))
     return results
 
 
@@ -1321,7 +1321,6 @@ def bench(args):
     for name in ("none", args.method, "finetune"):
         args.method = name
         methods[name] = build_method(args, make_backbone(args, stream), stream).train()
-        metrics.compiled(args, [layer for layer in methods[name].net.modules() if isinstance(layer, MSALayer)])
 
     def step(method):
         learns = any(p.requires_grad for p in method.parameters())
@@ -1419,9 +1418,7 @@ def main(argv=None):
     for one, folder in metrics.repetitions(args, settle):
         results.append(run(one, folder))
         print(metrics.last_line(name, results[-1:], LINE))
-    if len(results) > 1:
-        metrics.keep_means(args.out, results)
-        print(metrics.last_line(name, results, LINE))
+    metrics.conclude(args.out, name, results, LINE)
 
 
 # ======================================================================================== the small backbone

@@ -223,9 +223,16 @@ class CrossModalRecovery(nn.Module):
             return {M: self.mix(M, p) for M in "QV"}, nothing, nothing
         if not (self.use_intra or self.use_inter):          # isolated prompts: nothing is hidden or recovered
             return p, nothing, nothing
-        p_hat = self.hide(p)                                                                     # Eq. 4
-        p_intra, L_intra = self.recover_intra(p_hat, p) if self.use_intra else (p_hat, nothing)  # Eq. 5-6
-        p_final, L_inter = self.recover_inter(p_intra, p) if self.use_inter else (p_intra, nothing)  # Eq. 7-10
+        learns = torch.is_grad_enabled()                                 # an answer needs no losses
+        L_intra = L_inter = nothing
+        p_intra = p_hat = self.hide(p)                                                           # Eq. 4
+        if self.use_intra:
+            p_intra = self.fill_in(p_hat, p)                                                     # Eq. 5
+            L_intra = self.intra_loss(p_hat, p) if learns else nothing                           # Eq. 6
+        p_final = p_intra
+        if self.use_inter:
+            p_final = self.look_across(p_intra, p)                                               # Eq. 7-9
+            L_inter = self.inter_loss(p_final, p) if learns else nothing                         # Eq. 10
         if self.only_hidden:
             p_final = {M: torch.where(p_hat[M] == p[M], p[M], p_final[M]) for M in "QV"}
         return p_final, L_intra, L_inter
@@ -250,11 +257,8 @@ class CrossModalRecovery(nn.Module):
         # p_intra^M = A(p^^M) + w_res^M p~^M'                                                            Eq. 5
         return {M: self.intra[M](p_hat[M]) + light[M] for M in "QV"}                             # 2 x (B,L,D)
 
-    def recover_intra(self, p_hat, p):
-        """Fills in, and says how well.  -> p_intra 2 x (B,L,D), L_intra () or, without gradients, 0"""
-        p_intra = self.fill_in(p_hat, p)
-        if not torch.is_grad_enabled():
-            return p_intra, p["Q"].new_zeros(())
+    def intra_loss(self, p_hat, p):
+        """How far what was filled in is from what was hidden, ()."""
         # What was recovered must be what was hidden, and W_res must stay a rotation.  The recovery learns this,
         # from prompts that are constants on both sides.  With a gradient on the left alone a prompt would move
         # against what the recovery adds to it, step after step, since the right side moves along.
@@ -263,8 +267,7 @@ class CrossModalRecovery(nn.Module):
         p_hat, p = ({M: x.detach() for M, x in both.items()} for both in (p_hat, p))
         again = self.fill_in(p_hat, p)
         missed = {M: (again[M] - p[M]).square().sum(-1).mean() for M in "QV"}                    # 2 x ()
-        L_intra = sum(missed[M] + self.orthogonality(self.W_res[M]) for M in "QV")               # ()
-        return p_intra, L_intra
+        return sum(missed[M] + self.orthogonality(self.W_res[M]) for M in "QV")                  # ()
 
     @staticmethod
     def orthogonality(W):
@@ -274,8 +277,8 @@ class CrossModalRecovery(nn.Module):
             return (W.square().sum() - 1).square()
         return (W @ W.T - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum()
 
-    def recover_inter(self, p_intra, p):
-        """From the other modality's prompts.  -> p_final 2 x (B,L,D), L_inter () or, without gradients, 0"""
+    def look_across(self, p_intra, p):
+        """From the other modality's prompts.  -> p_final 2 x (B,L,D)"""
         # Each token asks the other modality's prompts, and keeps what it is.
         # p_inter^M = A(p_intra^M, p~^M', p~^M') + p_intra^M                                             Eq. 7
         p_inter = {M: self.cross(M, p_intra[M], p) + p_intra[M] for M in "QV"}                   # 2 x (B,L,D)
@@ -284,13 +287,14 @@ class CrossModalRecovery(nn.Module):
         g = {M: torch.sigmoid(self.W_g[M](F.relu(torch.cat([p_inter[M], p[OTHER[M]]], -1)))) for M in "QV"}
         # Gate closed: the prompt stays.  Gate open: it is replaced by its refinement.
         # p_final^M = (1 - g^M) p_inter^M + g^M A'(p_inter^M)                                            Eq. 8
-        p_final = {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
-        if not torch.is_grad_enabled():
-            return p_final, p["Q"].new_zeros(())
+        return {M: (1 - g[M]) * p_inter[M] + g[M] * self.refine[M](p_inter[M]) for M in "QV"}
+
+    def inter_loss(self, p_final, p):
+        """How far apart the two modalities are, each seen through the other, ()."""
         # Both modalities, each seen through the other, must mean the same: their mean tokens point one way.
         # L_inter = 1 - cos( A(p_final^Q, p~^V, p~^V), A(p_final^V, p~^Q, p~^Q) ), mean over L first    Eq. 10
         views = [self.cross(M, p_final[M], p).mean(1) for M in "QV"]                             # 2 x (B,D)
-        return p_final, (1 - F.cosine_similarity(*views, dim=-1)).mean()
+        return (1 - F.cosine_similarity(*views, dim=-1)).mean()
 
     def cross(self, M, x, p):
         """A(x, p~^M', p~^M'), the cross-attention that Eq. 7 and Eq. 10 share.  x (B,L,D) -> (B,L,D)."""
@@ -418,16 +422,17 @@ class VQABackbone(nn.Module):
         self.t5, self.tokenizer, self.visual, self.width = t5, tokenizer, visual, t5.config.d_model
         self.pictures, self.prefix = pictures, prefix
         self.max_question, self.max_answer = max_question, max_answer
-        self.known = {}                                         # text -> its tokens: each is split once
+        self.known = {}                                  # limit -> {text: its tokens}: each text is split once
         self.eval().requires_grad_(False)                  # dropout off too: the backbone is a fixed function
 
     def tokens(self, texts, limit):
         """B texts -> ids (B,N), which are real (B,N)"""
-        new = [text for text in {*texts} if (text, limit) not in self.known]
+        known = self.known.setdefault(limit, {})
+        new = [text for text in {*texts} if text not in known]
         if new:
             ids = self.tokenizer(new, truncation=True, max_length=limit)["input_ids"]
-            self.known.update(zip(((text, limit) for text in new), map(torch.tensor, ids)))
-        rows = [self.known[text, limit] for text in texts]
+            known.update(zip(new, (np.array(row, np.int32) for row in ids)))     # a quarter of a tensor's memory
+        rows = [torch.from_numpy(known[text]).long() for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return ids, torch.arange(ids.shape[1]) < lengths[:, None]                                # (B,N) (B,N)
@@ -697,13 +702,12 @@ class L2P(Method):
     the input and stay. 2 tokens times k = 5 inject about as many tokens as MM-Prompt does."""
     lr, one_pool = 2e-2, False              # one_pool, of any method: its prompts belong to no modality
 
-    def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, qk_weight=1.0, blocks=(0,), keep=True):
+    def __init__(self, d_model, pool_sizes, top_k=5, tokens=2, blocks=(0,), keep=True):
         super().__init__()
         self.layers, self.keep = {"G": blocks}, keep
         sizes = {"Q": pool_sizes["QG"] + pool_sizes["QE"], "V": pool_sizes["VG"] + pool_sizes["VE"]}
         sizes = {"QV": sum(sizes.values())} if self.one_pool else sizes
         self.pools = nn.ModuleDict({M: PromptPool(d_model, n, tokens, top_k) for M, n in sizes.items()})
-        self.weights = {"qk": qk_weight}
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = own_means(F_q, F_v, q_mask, v_mask)
@@ -728,9 +732,9 @@ class DualPrompt(Method):
     travel further than its steps allow."""
     lr = 2e-2
 
-    def __init__(self, d_model, layers, length=8, tasks=10, qk_weight=1.0):
+    def __init__(self, d_model, layers, length=8, tasks=10):
         super().__init__()
-        self.layers, self.weights = layers, {"qk": qk_weight}
+        self.layers = layers
         self.pools = nn.ParameterDict({"G": torch.randn(2 * length, d_model) * SPREAD})
         for M in "QV":
             self.pools[M + "E"] = torch.randn(tasks, length, d_model) * SPREAD
@@ -792,9 +796,9 @@ class Triplet(Method):
     """
     lr_attention = 5e-4                                              # of the matrices
 
-    def __init__(self, d_model, pool_sizes, layers, length=8, top_k=5, qk_weight=1.0, interact_weight=1.0):
+    def __init__(self, d_model, pool_sizes, layers, length=8, top_k=5):
         super().__init__()
-        self.layers, self.weights = layers, {"qk": qk_weight, "interact": interact_weight}
+        self.layers = layers
         sizes = {**pool_sizes, **{"F" + G: pool_sizes["Q" + G] for G in layers}}
         self.pools = nn.ModuleDict({name: PromptPool(d_model, n, length, top_k) for name, n in sizes.items()})
         zeros = lambda: nn.ParameterDict({M + G: torch.zeros(d_model, d_model) for G in layers for M in "QV"})
@@ -973,7 +977,7 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     for step, (batch, parts) in enumerate(metrics.ahead(read, bar)):
         loss = batch_loss(args, backbone, method, batch, parts)
         value = metrics.summed(loss.detach()).item()
-        run.check(value, step, optimizer)
+        run.check(value, step)
         if falling:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
@@ -1070,6 +1074,11 @@ def run(args, folder):
                 for m in "vq"])
 
     values, selection = measure(args, stream, backbone, method, run)
+    if args.data == "mini" and not args.smoke:
+        tasks, joint = ("QI", "A_by_type") if args.setting == "QI" else ("CI", "A")      # DI's tasks are CI's
+        bounds = {"frozen": (f"{tasks} zero-shot", "A"), "fine-tuning": (f"{args.setting} fine-tuning", "A"),
+                  "joint": ("joint", joint)}
+        run.say(metrics.worth("mmprompt", stream.extra["version"], bounds))
     title = f"{args.method} {args.setting}: score on task (column) after (row)"
     return run.finish(values, method.state_dict(), title, **count, selection=selection, intra=run.kept.get("intra", {}),
                       protocol={"task id at test": False, "replay": args.memory, "select": "validation"},
@@ -1404,21 +1413,8 @@ def main(argv=None):
     name, results = f"{args.method} {args.setting}", []
     for one, folder in metrics.repetitions(args, settle):
         results.append(run(one, folder))
-        if not args.smoke:
-            print(worth(args, results[-1]["world"]), end="")
         print(metrics.last_line(name, results[-1:], LINE))
-    if len(results) > 1:
-        metrics.keep_means(args.out, results)
-        print(metrics.last_line(name, results, LINE))
-
-
-def worth(args, world):
-    """What this run's score should be compared with, "" where nothing is on file."""
-    tasks = "QI" if args.setting == "QI" else "CI"                   # DI's tasks are CI's
-    labels = {"frozen": f"{tasks} zero-shot", "fine-tuning": f"{args.setting} fine-tuning", "joint": "joint"}
-    column = {"frozen": "A", "fine-tuning": "A", "joint": "A_by_type" if args.setting == "QI" else "A"}
-    line = metrics.worth("mmprompt", world, labels, column)
-    return line and line + "\n"
+    metrics.conclude(args.out, name, results, LINE)
 
 
 # ========================================================================================= the small backbone
@@ -1476,9 +1472,8 @@ def mini_tokenizer(texts=()):
 
 def pretrain(args):
     """--pretrain: makes the small backbone of --backbone-seed anew, and measures the bounds on it."""
-    args, start = settle(metrics.with_seed(args)), time.time()
+    start, seed = time.time(), args.backbone_seed
     torch.set_num_threads(1)
-    seed = args.backbone_seed
     tensors = train_small(seed, STEPS, SCENES, args.device, args.quiet)
     metrics.keep_with_bounds("mini-vqa", seed, small_config(seed), tensors, start, f"mini-VQA {data.MINI_VQA_VERSION}",
                              sys.modules[__name__], ("A", "A_by_type"))

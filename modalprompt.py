@@ -174,12 +174,12 @@ class ModalPrompt(nn.Module):
             return self.kept
         return torch.cat([self.kept, self._current_prototype()[None]])
 
-    def similarities(self, x_v, x_t, prototypes=None):
+    def similarities(self, x_v, x_t):
         """alpha (B,t) and beta (B,t): cosines of every prototype with the picture and with the instruction.
 
         A row of zeros in x_v (no picture) has alpha = 0 and sends no gradient.
         """
-        c = F.normalize(self.prototypes if prototypes is None else prototypes, dim=-1)           # (t,G)
+        c = F.normalize(self.prototypes, dim=-1)                         # (t,G)
         # How near each task is to what is seen.
         # alpha_i = cos(c_i, x_v)                                                                        Eq. 3
         alpha = F.normalize(x_v, dim=-1) @ c.T                           # (B,G) @ (G,t) -> (B,t)
@@ -188,9 +188,9 @@ class ModalPrompt(nn.Module):
         beta = F.normalize(x_t, dim=-1) @ c.T                            # (B,G) @ (G,t) -> (B,t)
         return alpha, beta
 
-    def scores(self, x_v, x_t, prototypes=None):
+    def scores(self, x_v, x_t):
         """lam alpha + (1 - lam) beta, (B,t): what Eq. 4 and Eq. 8 rank by; without a picture beta alone."""
-        alpha, beta = self.similarities(x_v, x_t, prototypes)
+        alpha, beta = self.similarities(x_v, x_t)
         # Both modalities guide; where there is no picture, its weight is 0.
         lam = self.lam * (x_v != 0).any(-1, keepdim=True)                # (B,1)
         return lam * alpha + (1 - lam) * beta                            # (B,t)
@@ -214,7 +214,7 @@ class ModalPrompt(nn.Module):
             # What earlier tasks know helps the current one: the sets nearest to this sample, and its own.
             # topk is descending; flipped, the most similar set lies next to the input.
             # X~_p^t = X_p^{<=t} o I_k{alpha^{<=t} + beta^{<=t}},  t in I_k                              Eq. 4
-            chosen = self.scores(x_v, x_t, self.kept).topk(earlier, -1).indices.flip(-1)         # (B,k'-1)
+            chosen = self.scores(x_v, x_t)[:, :-1].topk(earlier, -1).indices.flip(-1)         # (B,k'-1)
             chosen = torch.cat([chosen, chosen.new_full((len(x_v), 1), t - 1)], -1)              # (B,k')
         alpha, beta = self.similarities(x_v, x_t)                        # (B,t) (B,t)
         # The prototype of the task moves to what its samples look like and ask, on average over the batch.
@@ -253,7 +253,7 @@ class ModalPrompt(nn.Module):
         if wrong or saved["prompts"].ndim != 3 or saved["prototypes"].shape[:1] != saved["prompts"].shape[:1]:
             raise ValueError(f"{', '.join(sorted(wrong)) or 'shapes that fit'} missing; use the prompts.safetensors "
                              "of a run with --method modalprompt")
-        T, L, D = saved["prompts"].shape
+        _, L, D = saved["prompts"].shape
         method = cls(D, saved["prototypes"].shape[1], L, int(saved["top_k"]), float(saved["lam"]),
                      selection=bool(saved.get("selection", torch.tensor(1))))
         method.prompts.extend(nn.Parameter(p.float(), requires_grad=False) for p in saved["prompts"])
@@ -940,6 +940,7 @@ def learn_task(args, backbone, method, task, run):
             step = epoch * steps + i
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * min(1.0, (step + 1) / warm)
+            whole = torch.zeros((), device=vlm.device)
             for part, weight, items, x_v, x_t in parts:
                 prefix, losses = method(x_v.to(vlm.device), x_t.to(vlm.device))                  # Eq. 2-4, 6
                 logits, labels = vlm.logits(part, prefix, items)
@@ -948,10 +949,11 @@ def learn_task(args, backbone, method, task, run):
                 language = language + args.own_weight * kept
                 language = language / n_tokens if weight else 0.0 * language
                 loss = total_loss(language, losses, args.own_weight * weight)                    # Eq. 7
-                value = metrics.summed(loss.detach()).item()
-                run.check(value, step, optimizer)
                 loss.backward()
-                total += value
+                whole += loss.detach()
+            value = metrics.summed(whole).item()
+            run.check(value, step)
+            total += value
             metrics.sum_gradients(learning.values())
             nn.utils.clip_grad_norm_([*learning.values()], args.grad_clip)
             optimizer.step()
@@ -1037,8 +1039,8 @@ def run(args, folder):
             near.append(method.scores(x_v.to(args.device), x_t.to(args.device)).mean(0))
         more["similarity"] = torch.stack(near).T.cpu().numpy()           # (T prototypes, T tasks)
     if args.data == "mini" and not args.smoke:
-        labels = {"frozen": "zero-shot", "fine-tuning": "finetune", "joint": "multi-task"}
-        run.say(metrics.worth("modalprompt", stream.extra["version"], labels, "Last"))
+        bounds = {"frozen": ("zero-shot", "Last"), "fine-tuning": ("finetune", "Last"), "joint": ("multi-task", "Last")}
+        run.say(metrics.worth("modalprompt", stream.extra["version"], bounds))
     return run.finish(summary(run.A), prompts, f"{args.method}, seed {args.seed}", notes=stream.notes,
                       world=stream.extra.get("version", args.data), official={"Last": run.kept["official"]},
                       own_percent=run.kept["own"], selection_counts=run.kept["counts"] or np.zeros((T, T)),
@@ -1296,9 +1298,7 @@ def main(argv=None):
     for one, folder in metrics.repetitions(args, settle):
         results.append(run(one, folder))
         print(metrics.last_line(name, results[-1:], COLUMNS))
-    if len(results) > 1:
-        metrics.keep_means(args.out, results)
-        print(metrics.last_line(name, results, COLUMNS))
+    metrics.conclude(args.out, name, results, COLUMNS)
 
 
 # ========================================================================================= the small backbone

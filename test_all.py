@@ -279,11 +279,11 @@ def test_shared_flags_refuse_what_is_no_number():
 
 def test_what_a_score_is_worth_comes_from_results_of_the_same_world(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "RESULTS", tmp_path)
-    assert metrics.worth("mmprompt", "mini 3", {"joint": "joint"}, "A") == ""
+    assert metrics.worth("mmprompt", "mini 3", {"joint": ("joint", "A")}) == ""
     runs = [{"world": "mini 3", "metrics": {"A": x}} for x in (80.0, 90.0)] + [{"world": "mini 2", "metrics": {"A": 0.0}}]
     (tmp_path / "mmprompt").mkdir()
     (tmp_path / "mmprompt" / "tablebounds.json").write_text(json.dumps({"rows": [{"label": "joint", "runs": runs}]}))
-    assert "joint 85.0 (2 seeds)" in metrics.worth("mmprompt", "mini 3", {"joint": "joint", "frozen": "zero-shot"}, "A")
+    assert "joint 85.0 (2 seeds)" in metrics.worth("mmprompt", "mini 3", {"joint": ("joint", "A"), "frozen": ("zero-shot", "A")})
 
 
 SCRIPTS = ("mmprompt.py", "modalprompt.py", "missing_prompt.py")
