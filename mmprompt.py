@@ -10,7 +10,8 @@ tokens and recover them from their own and from the other modality's prompts (Eq
 frozen encoder.
 
 Shapes    B batch · T tasks · t current task · N prompts in a pool · k chosen · L tokens of a prompt · D width
-          Nq Nv tokens of question and picture · H heads.  M is a modality, Q or V, and M' the other one.
+          Nq Nv tokens of question and picture · P tokens injected · f width of a region's feature · H heads
+          M is a modality, Q or V, and M' the other one.
           (B,L,D) is a shape; Eq. n is the paper's number.  Masks are bool, True = a real token.
 
 Call path main                          reads the flags, one run a seed
@@ -33,7 +34,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -501,11 +501,9 @@ class VQABackbone(nn.Module):
 
     def loss(self, hidden, mask, batch):
         """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), batch: of read() -> ()"""
-        from transformers.modeling_outputs import BaseModelOutput
         labels, real = (x.to(self.t5.device, non_blocking=True) for x in batch[5:])              # (B,Na)
-        out = self.t5(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask.long(),
-                      labels=labels.masked_fill(~real, -100))
-        return out.loss
+        labels = labels.masked_fill(~real, -100)
+        return self.t5(encoder_outputs=(hidden,), attention_mask=mask.long(), labels=labels).loss
 
     @torch.no_grad()
     def answer(self, hidden, mask):
@@ -579,7 +577,8 @@ def kept_features(what, model, root, images, look, average, boxes):
     """Every picture is looked at once, before training; what was seen lies in the cache."""
     paths = {image: data.inside(root, image) for image in images}
     keys = {image: metrics.file_key(path) for image, path in paths.items()}
-    kept = metrics.FeatureFile("pictures", [what, model, inspect.getsource(grid_features), data.REGION_PIXELS])
+    made_of = [what, model, inspect.getsource(look), inspect.getsource(average), data.REGION_PIXELS]
+    kept = metrics.FeatureFile("pictures", made_of)
     decode = lambda path: look(data.open_picture(path))
     kept.fill({keys[image]: path for image, path in paths.items()}, decode, average)
 
@@ -602,9 +601,8 @@ def load_backbone(args, stream):
     visual = None
     if small:
         texts = [] if built_in else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
-        t5, visual = small_modules(args.seed).values() if args.scratch else load_small(args.backbone_seed)
+        t5, visual = (small_modules(args.seed) if args.scratch else load_small(args.backbone_seed)).values()
         tokenizer = mini_tokenizer(texts)
-        pictures = world_regions(stream.extra["regions"]) if built_in else None
     else:
         t5, tokenizer = load_t5(args.backbone)
         if args.scratch:
@@ -612,17 +610,16 @@ def load_backbone(args, stream):
             t5 = type(t5)(t5.config)
         if not args.features and not args.vision:
             raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
-        pictures = None
+    # each picture once, in the order of the stream
+    images = dict.fromkeys(s.image for task in stream.tasks for s in (*task.train, *task.val, *task.test))
     if args.features:
         pictures, visual = file_regions(args.features), None
-    elif pictures is None:
-        # each picture once, in the order of the stream
-        splits = (part for task in stream.tasks for part in (task.train, task.val, task.test))
-        images = dict.fromkeys(s.image for part in splits for s in part)
-        if small:
-            pictures = picture_regions(root, images)
-        else:
-            pictures = grid_features(args.vision, root, images, args.device)
+    elif built_in:
+        pictures = world_regions(stream.extra["regions"])
+    elif small:
+        pictures = picture_regions(root, images)
+    else:
+        pictures = grid_features(args.vision, root, images, args.device)
     args.train_vision = args.train_vision or ("never" if visual is not None else "first")
     if visual is None:                                          # width of the features: ask the first picture
         width = pictures([stream.tasks[0].train[0].image])[0].shape[-1]
@@ -668,9 +665,6 @@ class Method(nn.Module):
 class Frozen(Method):
     """The backbone as it was pre-trained: no prompts, nothing learns.  The lower bound."""
     one_stage = True
-
-    def __init__(self, d_model):
-        super().__init__()
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         return Prompts({}, {}, {})
@@ -769,10 +763,8 @@ class CODAPrompt(Method):
         for name, n in pool_sizes.items():
             if n < tasks:
                 raise ValueError(f"each task needs its share of a pool: --pool-sizes {n} is less than {tasks}")
-            shapes = {"prompts": (n, length, d_model), "key": (n, d_model), "attend": (n, d_model)}
-            self.pools[name] = nn.ParameterDict({k: torch.empty(shape) for k, shape in shapes.items()})
-            for p in self.pools[name].values():
-                nn.init.orthogonal_(p.data.view(n, -1))
+            start = lambda *L: nn.init.orthogonal_(torch.empty(n, *L, d_model))      # as a matrix of n rows
+            self.pools[name] = nn.ParameterDict({"attend": start(), "key": start(), "prompts": start(length)})
 
     def forward(self, F_q, F_v, q_mask, v_mask):
         q = own_means(F_q, F_v, q_mask, v_mask)
@@ -888,12 +880,12 @@ def build_method(args, backbone, stream):
     """The method that --method names.  Each class is given those of the flags that it has an argument for,
     and args.options: what has no flag (a table's row sets it)."""
     kind = METHODS[args.method]
-    flags = {**vars(args), "n_heads": args.heads, "tasks": len(stream),
+    flags = {**vars(args), "d_model": backbone.width, "n_heads": args.heads, "tasks": len(stream),
              "layers": {"G": tuple(args.layers_g), "E": tuple(args.layers_e)},
              "pool_sizes": dict(zip(("QG", "QE", "VG", "VE"), args.pool_sizes))}
     wanted = {k: flags[k] for k in inspect.signature(kind).parameters if k in flags}
     with metrics.one_clear_line():
-        return kind(backbone.width, **{**wanted, **args.options})
+        return kind(**{**wanted, **args.options})
 
 
 # ============================================================================================= learn and test
@@ -961,8 +953,6 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     torch.manual_seed(rng.getrandbits(48) + metrics.RANK)
     order = rng.sample(samples, len(samples))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [group.setdefault("first_lr", group["lr"]) for group in optimizer.param_groups]
-    falling = getattr(method, "schedule", "constant") == "linear"    # to zero, over the epochs of the task
     method.train()
 
     def read(i):
@@ -975,12 +965,17 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
         return backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
     for step, (batch, parts) in enumerate(metrics.ahead(read, bar)):
-        loss = batch_loss(args, backbone, method, batch, parts)
+        with precision(args):
+            hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
+            ce = backbone.loss(hidden, mask, batch)
+        losses = {k: parts[1] * value for k, value in out.losses.items()}
+        loss = total_loss(parts[0] * ce, losses, method.weights)                                 # Eq. 11
         value = metrics.summed(loss.detach()).item()
         run.check(value, step)
-        if falling:
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
+        if getattr(method, "schedule", "constant") == "linear":      # to zero, over the epochs of the task
+            for group in optimizer.param_groups:
+                first = group.setdefault("first_lr", group["lr"])
+                group["lr"] = first * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
         (loss / args.accum).backward()
         if (step + 1) % args.accum == 0 or step + 1 == len(bar):
             metrics.sum_gradients(parameters)
@@ -992,18 +987,8 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     return total / max(len(bar), 1)
 
 
-def batch_loss(args, backbone, method, batch, parts=(1.0, 1.0)):
-    """Eq. 11 on a batch of backbone.read(): prompts in, answer out.  parts: this process's share of the
-    answer tokens and of the samples, which cross-entropy and the other losses are means of."""
-    with precision(args):
-        hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
-        ce = backbone.loss(hidden, mask, batch)
-    return total_loss(parts[0] * ce, {k: parts[1] * loss for k, loss in out.losses.items()}, method.weights)
-
-
 def precision(args):
-    kind = torch.device(args.device).type
-    return torch.autocast(kind, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bf16")
 
 
 def draw_answer(rng, answers):
@@ -1018,11 +1003,9 @@ def draw_answer(rng, answers):
 def replay(args, past):
     """Replay samples: --memory in all, shared equally by the past tasks, drawn at random from each (Table
     3)."""
-    if not args.memory or not past:
-        return []
-    each = args.memory // len(past)
+    each = args.memory // max(1, len(past))
     return [s for i, task in enumerate(past)
-            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, min(len(task.train), each))]
+            for s in random.Random(f"memory {args.seed} {i}").sample(task.train, len(task.train))[:each]]
 
 
 @torch.no_grad()
@@ -1173,7 +1156,7 @@ PAPER_1 = {                                                          # Table 1: 
     "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
     "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)),
     "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
-    "triplet": ((37.102, 4.527), (14.382, 22.697), (32.826, 1.134)),        # CI as CODA-Prompt: a slip of one
+    "triplet": ((37.102, 4.527), (14.382, 22.697), (32.826, 1.134)),        # CI: CODA-Prompt's numbers
     "clumo": ((36.462, 4.039), (13.208, 25.016), (35.079, 1.580)),
     "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
     "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
@@ -1193,6 +1176,12 @@ TICKS = PAPERS + ", its tick marks reconstructed from the prose"
 def ours(label):
     """The method's row under the label that a table gives it."""
     return (label, *OURS[1:])
+
+
+def other_ways(part, *papers):
+    """The rows of Tables 12 and 13: a part brings the modalities together in other ways, at last in ours."""
+    ways = zip(("plus", "mean", "hadamard", "cross-attention"), papers)
+    return [*((way, {**DI, "options": {f"{part}_fusion": way}}, paper) for way, paper in ways), ours(part)]
 
 
 TABLES = {
@@ -1233,16 +1222,10 @@ TABLES = {
     "11": ("Table 11 on mini" + TICKS, "L_intra + L_inter", [
         ("no loss", {**DI, "alpha": 0.0, "beta": 0.0}, (34.260, 1.871)), ("L_intra", {**DI, "alpha": 0.0}, (34.743, 1.531)),
         ("L_inter", {**DI, "beta": 0.0}, (35.059, 1.204)), ours("L_intra + L_inter")]),
-    "12": ("Table 12 on mini" + PAPERS, "query", [
-        *((f, {**DI, "options": {"query_fusion": f}}, paper) for f, paper in (
-            ("plus", (34.275, 1.731)), ("mean", (34.398, 2.015)), ("hadamard", (34.702, 1.142)),
-            ("cross-attention", (34.891, 1.202)))),
-        ours("query")]),
-    "13": ("Table 13 on mini" + PAPERS, "recovery", [
-        *((f, {**DI, "options": {"recovery_fusion": f}}, paper) for f, paper in (
-            ("plus", (33.850, 1.335)), ("mean", (34.170, 1.405)), ("hadamard", (34.212, 1.274)),
-            ("cross-attention", (34.628, 1.428)))),
-        ours("recovery")]),
+    "12": ("Table 12 on mini" + PAPERS, "query", other_ways(
+        "query", (34.275, 1.731), (34.398, 2.015), (34.702, 1.142), (34.891, 1.202))),
+    "13": ("Table 13 on mini" + PAPERS, "recovery", other_ways(
+        "recovery", (33.850, 1.335), (34.170, 1.405), (34.212, 1.274), (34.628, 1.428))),
     "blocks": ("Where prompts enter, on mini", "MM-Prompt", [
         ("MM-Prompt", DI, None), ("L2P", {**DI, "method": "l2p"}, None),
         ("L2P at MM-Prompt's blocks", {**DI, "method": "l2p", "options": {"blocks": (1, 2, 3, 4, 5), "keep": False}}, None),
@@ -1325,7 +1308,7 @@ def bench_data(args, batch, pictures, questions):
             start = time.time()
             load = kept_features("bench", "", root, names[:n], look, cells, torch.zeros(36, 4))
             rates.append((n - done) / (time.time() - start))
-            backbone = VQABackbone(load_small(0)[0], mini_tokenizer(), None, load).to(args.device)
+            backbone = VQABackbone(load_small(0)["t5"], mini_tokenizer(), None, load).to(args.device)
             samples = [data.Sample(i, names[i % n], f"what is at {i % 977} ?", ("cat",), "", "")
                        for i in range(questions)]
             parts, start = [samples[i:i + batch] for i in range(0, questions, batch)], time.time()
@@ -1399,8 +1382,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.pretrain or args.bench:
-        args.seed = args.seeds[0]
-        return (pretrain if args.pretrain else bench)(settle(args))
+        return (pretrain if args.pretrain else bench)(settle(metrics.with_seed(args)))
     if args.table:
         columns, paper = (FIG_3, None) if args.table == "fig3" else (COLUMNS, "A / F_inter")
         lines = args.table in ("fig4c", "fig4d", "fig9")
@@ -1443,12 +1425,10 @@ def small_modules(seed):
 
 
 def load_small(seed):
-    """(t5, visual) as shipped."""
-    tensors = metrics.small_backbone("mini-vqa", seed, small_config(seed))
-    both = small_modules(seed)
+    """The same as shipped."""
+    tensors, both = metrics.small_backbone("mini-vqa", seed, small_config(seed)), small_modules(seed)
     both.load_state_dict(tensors, strict=False)                      # tied tensors are stored once
-    both["t5"].tie_weights()
-    return both["t5"], both["visual"]
+    return both
 
 
 def mini_tokenizer(texts=()):
@@ -1502,11 +1482,7 @@ def train_small(seed, steps, scenes_n, device="cpu", quiet=False):
     optimizer = torch.optim.AdamW(both.parameters(), RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 20), pct_start=0.1)
     metrics.fit("small backbone: statements", fill_the_gap, optimizer, schedule, steps, grad_clip=1.0, quiet=quiet)
-    tensors = {}
-    for name, tensor in both.state_dict().items():                   # tied tensors are stored once
-        if all(tensor.data_ptr() != kept.data_ptr() for kept in tensors.values()):
-            tensors[name] = tensor
-    return tensors
+    return dict(both.named_parameters())                             # tied tensors are named once
 
 
 def open_eyes(both, scenes, regions, tokenizer, rng, steps, device, quiet):
@@ -1525,14 +1501,14 @@ def open_eyes(both, scenes, regions, tokenizer, rng, steps, device, quiet):
     visual = both["visual"].requires_grad_(True)
 
     def name_the_region(step):
-        r, i, truth = zip(*rng.sample(shown, min(128, len(shown))))
+        r, i, truth = zip(*rng.sample(shown, min(BATCH, len(shown))))
         features = torch.from_numpy(regions[0][list(r), list(i)]).flatten(1).float() / 127.5 - 1  # (B,768)
         x = visual(features.to(device), torch.from_numpy(regions[1][list(r), list(i)]).to(device))   # (B,D)
         target = torch.tensor(truth, device=device)                                              # (B,6)
         return sum(F.cross_entropy(x @ e.T / SHAPE["d_model"] ** 0.5, target[:, k], ignore_index=-1)
                    for k, e in enumerate(rows))
-    optimizer = torch.optim.AdamW(visual.parameters(), 2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(visual.parameters(), RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     metrics.fit("small backbone: eyes", name_the_region, optimizer, schedule, steps, quiet=quiet)
 
 

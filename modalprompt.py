@@ -156,9 +156,7 @@ class ModalPrompt(nn.Module):
     @torch.no_grad()
     def end_task(self):
         """Freezes X_p^t and keeps c_t as a constant.  Does nothing when no task is open."""
-        if self.projector is not None:
-            self.kept = torch.cat([self.kept, self._current_prototype()[None]])                  # (t,G)
-            self.projector = None
+        self.kept, self.projector = self.prototypes, None                # (t,G)
         # Frozen means frozen: what is finished gets no gradient from any later task.
         self.prompts.requires_grad_(False)
 
@@ -341,7 +339,7 @@ class VLM:
         # What torch.compile gets: attention is compiled anew for each layer's cache, so it stays as it is.
         self.parts = [part for layer in self.layers for name, part in layer.named_children() if "attn" not in name]
         for i, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(self._deep_hook(i), with_kwargs=True)
+            layer.register_forward_pre_hook(functools.partial(self._deep_hook, i), with_kwargs=True)
 
     @property
     @torch.no_grad()
@@ -368,19 +366,17 @@ class VLM:
         soft = self._prefix.soft
         return join(soft.repeat_interleave(len(ids) // len(soft), 0), out, places)    # here the prompts enter
 
-    def _deep_hook(self, i):
+    def _deep_hook(self, i, module, inputs, kwargs):
         """The hook before layer i: what the prefix has for this layer replaces what stands there."""
-        def hook(module, inputs, kwargs):
-            deep = self._prefix.deep.get(i) if self._prefix is not None else None
-            h = inputs[0] if inputs else kwargs["hidden_states"]
-            places = self._places_of(*h.shape[:2]) if deep is not None else None
-            if places is None:
-                return None
-            # deep (B,n,D) takes the last n of the P places: count them from the right.
-            last = places & (places.flip(-1).cumsum(-1).flip(-1) <= deep.shape[1])
-            h = join(deep.repeat_interleave(len(h) // len(deep), 0), h, last)
-            return ((h, *inputs[1:]), kwargs) if inputs else (inputs, {**kwargs, "hidden_states": h})
-        return hook
+        deep = self._prefix.deep.get(i) if self._prefix is not None else None
+        h = inputs[0] if inputs else kwargs["hidden_states"]
+        places = self._places_of(*h.shape[:2]) if deep is not None else None
+        if places is None:
+            return None
+        # deep (B,n,D) takes the last n of the P places: count them from the right.
+        last = places & (places.flip(-1).cumsum(-1).flip(-1) <= deep.shape[1])
+        h = join(deep.repeat_interleave(len(h) // len(deep), 0), h, last)
+        return ((h, *inputs[1:]), kwargs) if inputs else (inputs, {**kwargs, "hidden_states": h})
 
     def _call(self, function, prefix, places, **kwargs):
         """function(**kwargs) with a LayeredPrefix armed.  Raises RuntimeError unless the hook fired once."""
@@ -461,12 +457,9 @@ class VLM:
         """Pictures of different sizes, and what describes them: zeros at their ends, then joined."""
         parts = [item[name] for item in items if name in item]
         largest = [max(n) for n in zip(*(part.shape[1:] for part in parts))]
-        whole = []
-        for part in parts:
-            missing = [n - m for n, m in zip(largest, part.shape[1:])]
-            # F.pad counts axes from the last.
-            whole.append(F.pad(part, [x for n in reversed(missing) for x in (0, n)]))
-        out = torch.cat(whole)
+        out = parts[0].new_zeros(sum(map(len, parts)), *largest)
+        for place, part in zip(out.split([*map(len, parts)]), parts):
+            place[tuple(map(slice, part.shape))] = part                  # from the start of every axis
         return out.to(self.model.dtype) if out.is_floating_point() else out
 
     # ---- learning and answering
@@ -605,12 +598,10 @@ class LoRA(nn.Module):
             self.B.append(torch.zeros(linear.out_features, experts * rank, **where))
             if experts > 1:
                 self.gate.append(torch.zeros(experts, linear.in_features, **where))
-            linear.register_forward_hook(self._hook(len(self.A) - 1))
+            linear.register_forward_hook(functools.partial(self._hook, len(self.A) - 1))
 
-    def _hook(self, i):
-        def hook(module, inputs, out):
-            return out + self.delta(i, inputs[0]).to(out.dtype)
-        return hook
+    def _hook(self, i, module, inputs, out):
+        return out + self.delta(i, inputs[0]).to(out.dtype)
 
     def delta(self, i, x):
         """What the adapters of linear layer i add: x (...,in) -> (...,out)."""
@@ -655,7 +646,7 @@ class EWC(Finetune):
         # F += mean over samples of (d loss / d theta)^2, one sample at a time
         some, parameters = samples[::max(1, len(samples) // 32)][:32], list(self.parameters())
         for sample in some:
-            total, n = vlm.loss([sample], self.select(self.anchor[:1], None)[0])
+            total, n = vlm.loss([sample], self.anchor.new_zeros(1, 0, self.width))          # no prompts
             g = torch.autograd.grad(total / n, parameters)
             self.fisher += torch.cat([x.flatten() for x in g]) ** 2 / len(some)
         self.anchor.copy_(torch.cat([p.detach().flatten() for p in parameters]))
@@ -725,7 +716,7 @@ class L2P(Method):
             self.pool.data.copy_(vocabulary_rows(token_embeddings, self.shape, generator))
 
     def forward(self, x_v, x_t):
-        s = query(x_v, x_t) @ F.normalize(self.keys, dim=-1).T           # (B,G) @ (G,M) -> (B,M)
+        s = query(x_v, x_t) @ F.normalize(self.keys, dim=-1).T           # (B,G) @ (G,pool) -> (B,pool)
         best, chosen = s.topk(self.top, -1)                              # (B,N) per sample
         return self.pool[chosen].flatten(1, 2), {"pull": self.pull * (1 - best).sum(-1).mean()}
 
@@ -802,7 +793,7 @@ class CODAPrompt(Method):
         for bank in (self.K, self.A):                            # unit rows, orthogonal to those before
             new = torch.randn(n, self.guidance_width, generator=generator)
             rows = torch.cat([*(x.detach().cpu() for x in bank), new])
-            start = torch.linalg.qr(rows.T).Q.T[-n:]                                    # (n,D_clip)
+            start = torch.linalg.qr(rows.T).Q.T[-n:]                                    # (n,G)
             bank.append(nn.Parameter(start.to(token_embeddings.device)))
 
     def banks(self):
@@ -810,7 +801,7 @@ class CODAPrompt(Method):
 
     def select(self, x_v, x_t):
         P, K, A = self.banks()
-        w = F.cosine_similarity(query(x_v, x_t)[:, None] * A, K[None], dim=-1)      # (B,1,G) * (M,G) -> (B,M)
+        w = F.cosine_similarity(query(x_v, x_t)[:, None] * A, K[None], dim=-1)  # (B,1,G) * (pool,G) -> (B,pool)
         return torch.einsum("bm,mld->bld", w, P), None
 
     def forward(self, x_v, x_t):
