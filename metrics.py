@@ -33,6 +33,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save                                   # comes with transformers
+from tqdm import tqdm
 
 from data import InputError, cache_folder, parse_box
 
@@ -63,13 +67,11 @@ def forgetting(A, best="earlier"):
     It may be negative: learning one task can help another.
     """
     A = _matrix(A)
-    T = len(A)
-    if best not in ("earlier", "own"):
+    rows = {"earlier": lambda t: A[t:-1, t], "own": lambda t: A[:t + 1, t]}
+    if best not in rows:
         raise ValueError(f"best is 'earlier' or 'own', not {best!r}")
-    if T == 1:
-        return 0.0
-    rows = (lambda t: A[t:T - 1, t]) if best == "earlier" else (lambda t: A[:t + 1, t])
-    return float(np.mean([np.nanmax(rows(t)) - A[-1, t] for t in range(T - 1)]))
+    lost = [np.nanmax(rows[best](t)) - A[-1, t] for t in range(len(A) - 1)]
+    return float(np.mean(lost)) if lost else 0.0
 
 
 def intra_forgetting(matrices):
@@ -126,12 +128,11 @@ _NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten"
 _ARTICLES = {"a", "an", "the"}
 # The evaluation writes contractions with their apostrophe; answers without it are mapped to the form with it.
 _CONTRACTIONS = {w.replace("'", ""): w for w in (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm "
-    "I've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't she'd she's "
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he's how'd how'll how's I'm "
+    "I've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't she's "
     "should've shouldn't somebody'd something's that'd that's there'd there's they'd they'll they're they've wasn't "
     "we've weren't what'll what're what's what've when's where'd where's who'd who'll who's why'd why'll why're "
-    "won't would've wouldn't y'all you'd you'll you're you've").split()
-    if w.replace("'", "") not in {"shed", "hed", "its", "ill", "well", "were", "wed", "id"}}
+    "won't would've wouldn't y'all you'd you'll you're you've").split()}
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
@@ -225,8 +226,8 @@ def score_instruction(kind, prediction, sample, official=False):
         if official:
             return float(truth in guess or guess in truth)
         words = lambda x: f" {' '.join(re.findall(r'[a-z0-9]+', x.lower()))} "
-        return float(bool(guess.strip()) and bool(words(guess).strip()) and
-                     (words(truth) in words(guess) or words(guess) in words(truth)))
+        a, b = words(guess), words(truth)
+        return float(bool(a.strip()) and (a in b or b in a))
     if kind == "gqa":
         return float(guess.rstrip(".").lower() == truth.rstrip(".").lower())
     if kind == "word":
@@ -252,26 +253,21 @@ def affect_scores(output, label, scoring="mosi"):
     """
     output, label = np.asarray(output, float), np.asarray(label)
     if scoring == "classes":
-        guess, truth = output.argmax(-1), label
-    else:
-        value = output[:, 0]
-        used = label != 0 if scoring == "mosi" else np.ones(len(label), bool)
-        guess, truth = value[used] > 0, label[used] > 0
-    scores = {"accuracy": float(100 * np.mean(guess == truth)), "f1": weighted_f1(guess, truth)}
-    if scoring != "classes":
-        constant = value.std() == 0 or label.std() == 0
-        scores |= {"mae": float(np.abs(value - label).mean()),
-                   "corr": math.nan if constant else float(np.corrcoef(value, label)[0, 1])}
-    return scores
+        return agreement(output.argmax(-1), label)
+    value = output[:, 0]
+    used = label != 0 if scoring == "mosi" else np.ones(len(label), bool)
+    constant = value.std() == 0 or label.std() == 0
+    return {**agreement(value[used] > 0, label[used] > 0), "mae": float(np.abs(value - label).mean()),
+            "corr": math.nan if constant else float(np.corrcoef(value, label)[0, 1])}
 
 
-def weighted_f1(guess, truth):
-    """F1 of every class weighted by how often it is true, in points."""
-    total = 0.0
+def agreement(guess, truth):
+    """{"accuracy", "f1"} in points; f1 is that of every class, weighted by how often the class is true."""
+    f1 = 0.0
     for c in np.unique(truth):
         hit = np.sum((guess == c) & (truth == c))
-        total += np.mean(truth == c) * 2 * hit / (np.sum(guess == c) + np.sum(truth == c))
-    return float(100 * total)
+        f1 += np.mean(truth == c) * 2 * hit / (np.sum(guess == c) + np.sum(truth == c))
+    return {"accuracy": float(100 * np.mean(guess == truth)), "f1": float(100 * f1)}
 
 
 # ================================================================================================= statistics
@@ -330,8 +326,6 @@ def jsonable(x):
         return [jsonable(v) for v in x]
     if isinstance(x, np.generic):
         x = x.item()
-    if isinstance(x, Path):
-        return str(x)
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
@@ -364,9 +358,7 @@ def heat_map(A, path, rows, columns, title="", low=0.0, high=100.0):
         draw.text((left + cell * j + 2, top - 29 + 13 * (j % 2)), str(name)[:12], fill="black")
     for i, name in enumerate(rows):
         draw.text((6, top + 26 * i + 5), str(name), fill="black")
-        for j in range(C):
-            if not np.isfinite(A[i, j]):
-                continue
+        for j in np.flatnonzero(np.isfinite(A[i])):
             x = float(np.clip((A[i, j] - low) / (high - low or 1), 0, 1))
             box = (left + cell * j, top + 26 * i, left + cell * (j + 1) - 2, top + 26 * (i + 1) - 2)
             draw.rectangle(box, fill=(int(247 - 239 * x), int(251 - 170 * x), int(255 - 99 * x)))
@@ -385,11 +377,10 @@ def chart(labels, values, path, title="", lines=False):
     points = [mean_std(v) if len(v) else None for v in values]
     known = [m + s * k for m, s in filter(None, points) for k in (-1, 1)] or [0.0, 1.0]
     low, high = min(0.0, *known), max(known) * 1.02 or 1.0
-    if lines:                                                        # a line needs no zero
-        low = min(known) - 0.1 * (max(known) - min(known) or 1)
     scale = lambda x: (x - low) / (high - low or 1)
     blue, grey = (8, 81, 156), (120, 120, 120)
     if lines:
+        low = min(known) - 0.1 * (max(known) - min(known) or 1)      # a line needs no zero
         width, height, left, bottom = 100 + 90 * len(labels), 360, 60, 310
         image, draw = _canvas(width, height, title)
         place = lambda i, x: (left + 45 + 90 * i, bottom - 250 * scale(x))
@@ -440,7 +431,6 @@ def format_matrix(A, names):
 
 def from_pretrained(cls, name, flag, **more):
     """cls.from_pretrained, with one clear line when the id or folder cannot be loaded."""
-    from safetensors import SafetensorError
     try:
         return cls.from_pretrained(name, **more)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, SafetensorError,
@@ -468,7 +458,6 @@ def small_backbone(name, seed, config):
     config: everything its training depends on.  Raises InputError for a file that is missing, broken, or made
     for another configuration.
     """
-    from safetensors import SafetensorError, safe_open
     path = BACKBONES / f"{name}-{seed}.safetensors"
     if not path.exists():
         raise InputError(f"{path} is missing: seeds 0 to {SHIPPED - 1} are shipped; "
@@ -487,8 +476,6 @@ def small_backbone(name, seed, config):
 
 def keep_small_backbone(name, seed, config, tensors, **about):
     """Write such a file in half precision.  about: what else its metadata says (world, minutes, bounds)."""
-    import torch
-    from safetensors.torch import save
     half = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     half = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in half.items()}
     about = {"config": digest(config), **{k: v if isinstance(v, str) else json.dumps(jsonable(v)) for k, v in about.items()}}
@@ -518,8 +505,6 @@ def keep_with_bounds(name, seed, config, tensors, start, world, script, scores):
 
 def fit(text, loss_of, optimizer, schedule, steps, grad_clip=math.inf, quiet=False):
     """The loop of every pre-training: loss_of(step) -> (), one optimiser step each, a progress bar."""
-    import torch
-    from tqdm import tqdm
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(range(steps), desc=text, leave=False, mininterval=5, disable=quiet)
     for step in bar:
@@ -539,7 +524,6 @@ def seconds(device, *jobs, repeats=7):
 
     Jobs run in turns that change order from round to round, so that a machine's moods fall on all of them
     alike; the first round warms up and does not count."""
-    import torch
     wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
     times, dice = [[] for _ in jobs], random.Random(0)
     for r in range(repeats + 1):
@@ -554,7 +538,6 @@ def seconds(device, *jobs, repeats=7):
 
 def for_backward_mb(job):
     """MiB that job keeps for its backward pass, for --bench: every stored tensor once."""
-    import torch
     stored = {}                                                      # where it lies -> bytes
 
     def note(x):
@@ -567,7 +550,6 @@ def for_backward_mb(job):
 
 def environment():
     """Versions, commit and hardware of this run: a flat dict of strings and numbers."""
-    import torch
     import transformers
     here = Path(__file__).resolve().parent
     git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True).stdout.strip()
@@ -575,16 +557,15 @@ def environment():
         commit = git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except OSError:                                                  # no git on this machine
         commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"{platform.machine()} CPU"
     return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "numpy": np.__version__, "hardware": device,
             "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def peak_memory_mb():
-    """Peak memory so far in MiB: of the GPU where there is one, else of this process."""
-    import torch
-    if torch.cuda.is_available():
+    """Peak memory so far in MiB: of the GPU where one was used, else of this process."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2 ** 20
     try:
         import resource
@@ -604,21 +585,11 @@ RANK, PROCESSES = (int(os.environ.get(name, usual)) for name, usual in (("RANK",
 
 def join_processes(args):
     """Meets the other processes of torchrun."""
-    import torch
-    if PROCESSES == 1:
-        return
-    args.quiet |= RANK > 0                                           # process 0 speaks
-    if torch.distributed.is_initialized():
-        return
-    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-
-
-def leave_processes():
     if PROCESSES > 1:
-        import torch
-        torch.distributed.destroy_process_group()
+        args.quiet |= RANK > 0                                       # process 0 speaks
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
 
 
 def mine(batch):
@@ -629,14 +600,12 @@ def mine(batch):
 
 
 def wait_for_all():
-    import torch
     if PROCESSES > 1:
         torch.distributed.barrier()
 
 
 def summed(x):
     """The sum of a tensor over the processes."""
-    import torch
     if PROCESSES > 1:
         torch.distributed.all_reduce(x := x.clone())
     return x
@@ -644,7 +613,6 @@ def summed(x):
 
 def sum_gradients(parameters):
     """Sums every gradient over the processes, in one message."""
-    import torch
     if PROCESSES > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
         whole = summed(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
@@ -654,7 +622,6 @@ def sum_gradients(parameters):
 
 def gathered(own, n):
     """The n results of all processes in order, from those of each one's share, a list."""
-    import torch
     if PROCESSES == 1:
         return own
     parts, out = [None] * PROCESSES, [None] * n
@@ -681,7 +648,6 @@ def file_key(path):
 
 def fingerprint(module):
     """A digest of a torch module's weights, by the sum and the norm of each."""
-    import torch
     with torch.no_grad():
         return digest([[p.double().sum().item(), p.double().norm().item()] for p in module.parameters()])
 
@@ -724,19 +690,22 @@ class FeatureFile:
             self._list()
 
     def _pass(self, items, todo, decode, compute, batch, quiet):
-        import torch
-        from tqdm import tqdm
+        def decoded(some):
+            """An InputError travels as a value: the loader would wrap it in a traceback."""
+            try:
+                return [decode(item) for item in some]
+            except InputError as e:
+                return e
         workers = min(8, os.cpu_count() or 1) if len(todo) > 500 and hasattr(os, "fork") else 0
-        loader = torch.utils.data.DataLoader(_Decoded([items[key] for key in todo], decode), batch, collate_fn=list,
+        loader = torch.utils.data.DataLoader([items[key] for key in todo], batch, collate_fn=decoded,
                                              num_workers=workers, multiprocessing_context="fork" if workers else None)
         path = self.folder / f"{os.getpid()}-{time.time_ns()}.f16"
         with open(path, "wb") as rows, open(path.with_suffix(".keys"), "w") as index, \
                 tqdm(total=len(todo), unit="item", desc="features", leave=False, mininterval=1, disable=quiet) as bar:
-            for i, decoded in enumerate(loader):
-                wrong = next((x for x in decoded if isinstance(x, InputError)), None)
-                if wrong:
-                    raise wrong
-                features = compute(decoded).half().cpu().numpy()     # (B,...)
+            for i, part in enumerate(loader):
+                if isinstance(part, InputError):
+                    raise part
+                features = compute(part).half().cpu().numpy()        # (B,...)
                 keys = todo[i * batch:(i + 1) * batch]
                 if not np.isfinite(features).all():
                     raise InputError(f"features that are not finite, of one of {items[keys[0]]} and the next "
@@ -751,7 +720,6 @@ class FeatureFile:
 
     def read(self, keys):
         """The rows of these keys: a tensor (B,...) in half precision.  Each file is mapped for this read alone."""
-        import torch
         out = np.empty((len(keys), *self.shape), np.float16)
         places = [self.rows[key] for key in keys]
         for path in {path for path, _ in places}:
@@ -759,23 +727,6 @@ class FeatureFile:
             here = [(b, row) for b, (other, row) in enumerate(places) if other == path]
             out[[b for b, _ in here]] = mapped[[row for _, row in here]]
         return torch.from_numpy(out)
-
-
-class _Decoded:
-    """A data set for torch's DataLoader.  An InputError travels as a value: the loader would wrap it in a
-    traceback."""
-
-    def __init__(self, items, decode):
-        self.items, self.decode = items, decode
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:
-            return self.decode(self.items[i])
-        except InputError as e:
-            return e
 
 
 def ahead(make, items, depth=2):
@@ -813,7 +764,7 @@ class Run:
 
         run.restore(method=method)                                   # the tensors of a run that was killed
         for t, task in run.tasks(stream.tasks):                      # tasks that are not finished yet
-            if run.fresh:                                            # unless the killed run had begun it
+            if not run.begun:                                        # by the killed run
                 method.begin_task(t)
             for epoch in run.epochs(n, learning, optimizer):     # in learn_task: epochs that are not done yet
                 ...
@@ -871,7 +822,6 @@ class Run:
                 f.rename(aside / f.name)
 
     def _load(self):
-        import torch
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return None
@@ -891,20 +841,14 @@ class Run:
 
     def restore(self, **modules):
         """Names the modules whose tensors a checkpoint holds; in a resumed run they get back what they held."""
-        import torch
         self.modules = modules
         if self.state is None:
             return
         for name, module in modules.items():
             module.load_state_dict(self.state["modules"][name])
         torch.set_rng_state(self.state["rng"][0])
-        if torch.cuda.is_available() and len(self.state["rng"]) > 1:
+        if torch.cuda.is_initialized() and len(self.state["rng"]) > 1:
             torch.cuda.set_rng_state(self.state["rng"][1])
-
-    @property
-    def fresh(self):
-        """False where a killed run had already begun the task: then begin_task must not come again."""
-        return not self.begun
 
     def tasks(self, lessons):
         """Yields (t, lesson) of those that an earlier, killed run has not finished."""
@@ -926,7 +870,6 @@ class Run:
 
         learning: {name: parameter} of all that learns now.  name: of the (sub)task, for the progress bar.
         """
-        import torch
         self.begun, self.learning, self.optimizer = True, learning, optimizer
         if self.epoch and self.state and self.state["optimizer"]:
             optimizer.load_state_dict(self.state["optimizer"])
@@ -945,7 +888,6 @@ class Run:
 
     def bar(self, steps):
         """A progress bar over the steps of an epoch: a list, or anything else with a length."""
-        from tqdm import tqdm
         return tqdm(steps, desc=self.where, leave=False, mininterval=1, disable=self.quiet)
 
     def check(self, loss, step):
@@ -993,10 +935,9 @@ class Run:
 
     def checkpoint(self):
         """Write checkpoint.pt atomically: tensors, numbers, strings, lists, dicts (read with weights_only=True)."""
-        import torch
         if RANK:
             return
-        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         state = {k: getattr(self, k) for k in ("stage", "part", "epoch", "begun", "best", "kept", "lines", "args")}
         if self.best and self.best["epoch"] == self.epoch - 1:          # the weights are those of the modules
             state["best"] = {**self.best, "weights": {}}
@@ -1019,7 +960,6 @@ class Run:
                 out.writerow([name, *("" if np.isnan(x) else f"{x:.4f}" for x in row)])
         heat_map(self.A, self.folder / "matrix.png", self.names, self.names, title)
         if prompts:
-            from safetensors.torch import save                       # comes with transformers
             with atomic(self.folder / "prompts.safetensors", "wb") as f:
                 f.write(save({k: v.detach().cpu().contiguous() for k, v in prompts.items()}))
         results = jsonable({"metrics": values, "matrix": self.A, "tasks": self.names, "minutes": self.minutes,
@@ -1129,7 +1069,7 @@ class Table:
     columns   the metrics shown     compare   those compared     paper   heading of the paper's numbers
     lines     draw the chart as a line (the figures of a paper) and not as bars
 
-    A run lies in runs/<method>-<seed>-<digest of what decides it>: rows with equal arguments share it,
+    A run lies in runs/<method>-seed<n>-<digest of what decides it>: rows with equal arguments share it,
     between tables too; what is finished is not run again, so a stopped table goes on, and processes may share
     a folder. Raises InputError for a label in --rows that is not there.
     """
@@ -1230,15 +1170,13 @@ class Table:
 
 
 def _number(kind, good, what):
-    """An argparse type: a finite number for which good(x) holds."""
+    """An argparse type: a number for which good(x) holds."""
     def read(text):
-        try:
+        with contextlib.suppress(ValueError):
             x = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not (math.isfinite(x) and good(x)):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return x
+            if good(x):
+                return x
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
     return read
 
 
@@ -1256,9 +1194,6 @@ FREE = {"out", "resume", "checkpoint_minutes", "quiet", "seeds", "folds", "devic
 class Parser(argparse.ArgumentParser):
     """Shows defaults where there are any, and says what is wrong in one line."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
@@ -1269,7 +1204,7 @@ def shared_flags(description, methods, tables, data_help, backbone_help, **defau
     methods, tables: their names, the paper's first.  defaults: of a script, such as
     epochs=5; None where it depends on other flags.
     """
-    p = Parser(description)
+    p = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("what to run")
     g.add_argument("--method", default=[*methods][0], choices=[*methods],
                    help="the paper's; bounds (none: frozen, finetune, joint); compared methods")
@@ -1306,7 +1241,6 @@ def shared_flags(description, methods, tables, data_help, backbone_help, **defau
 
 def settle_shared(args):
     """Fills in and checks what the shared flags leave open, for one run with args.seed.  Raises InputError."""
-    import torch
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -1348,7 +1282,6 @@ def prepare(args, small):
     Two threads on such small matrices only wait for each other, and with one the same command gives the same
     figures on any number of cores.
     """
-    import torch
     torch.use_deterministic_algorithms(True, warn_only=True)     # gradients of gathered prompts, in one order
     if small and args.device == "cpu":
         torch.set_num_threads(1)
@@ -1375,7 +1308,8 @@ def run_cli(main):
     try:
         main()
         sys.stdout.flush()
-        leave_processes()
+        if PROCESSES > 1:
+            torch.distributed.destroy_process_group()
     except InputError as e:
         sys.exit(_say(f"error: {e}"))
     except KeyboardInterrupt:
@@ -1399,7 +1333,6 @@ def run_cli(main):
 
 
 def _say(line):
-    from tqdm import tqdm
     for bar in [*getattr(tqdm, "_instances", ())]:                 # an open progress bar would share the line
         bar.close()
     print(line, file=sys.stderr)

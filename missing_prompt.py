@@ -199,7 +199,7 @@ class MSALayer(nn.Module):
     def __init__(self, width, heads, dropout=0.1):
         super().__init__()
         if width % heads:
-            raise ValueError(f"--width {width} must divide into --heads {heads}")
+            raise ValueError(f"--heads {heads} must divide --width {width}")
         self.H, self.rate = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -321,23 +321,19 @@ class MultimodalTransformer(nn.Module):
 
     def summaries(self, h):
         """One vector for each modality: the mean of its stream's outputs.  h as above -> (B,M,D)"""
-        none = [None] * self.layers
-        return torch.stack([self.stream(m, h, none).mean(1) for m in MODALITIES], 1)    # (B,M,D)
+        return torch.stack([self.stream(m, h, [None] * self.layers).mean(1) for m in MODALITIES], 1)
 
     @staticmethod
     def walk_and_keep(layers, x, prompts):
         """Through the layers, with prompts that stay behind the sequence until others take their place."""
-        slot, previous, n = None, None, x.shape[1]
+        slot, previous, n = x[:, :0], None, x.shape[1]               # at first nothing stands there
         for layer, P in zip(layers, prompts):
             if P is not None and P is not previous:
-                slot, previous = P, P
-            if slot is None:
-                x = layer(x)
-                continue
+                slot = previous = P
             rows = max(len(x), len(slot))
             x = layer(torch.cat([x.expand(rows, -1, -1), slot.expand(rows, -1, -1)], 1))
             x, slot = x[:, :n], x[:, n:]
-        return x if slot is None else torch.cat([x, slot], 1)
+        return torch.cat([x, slot], 1)
 
     def forward(self, h, prompts=(), keep=False):
         return self.head(self.encode(h, prompts, keep))                                 # (B,C)
@@ -410,7 +406,7 @@ def load_backbone(args, stream):
 #     end_task(t, rows)     after the task
 # A few also use edit_gradients(), between backward and step, and observe(b, epoch), after the step.
 # Class attributes: lr, its own rate; weight, of its own loss term; frozen, whether the backbone is;
-# one_stage, whether it learns everything at once.
+# one_stage, whether it learns everything at once; buffered, whether it keeps past samples.
 
 
 class Batch(NamedTuple):
@@ -468,6 +464,7 @@ class Method(nn.Module):
         super().__init__()
         self.net, self.store = net, store
         self.weight = self.weight if args.weight is None else args.weight
+        self.register_buffer("tasks", torch.zeros((), dtype=torch.long))     # learned so far
         if self.frozen:
             net.requires_grad_(False).eval()
             store.project(net)
@@ -478,8 +475,10 @@ class Method(nn.Module):
             self.net.eval()                                          # no dropout inside what does not learn
         return self
 
-    def begin_task(self, t, rows):
-        pass
+    def nothing(self, *_):
+        """What a method does in a hook that it has no use for."""
+
+    begin_task = edit_gradients = observe = nothing
 
     def forward(self, b):
         """At test nothing but the input may decide: b.task is the pattern that the input shows."""
@@ -488,14 +487,8 @@ class Method(nn.Module):
     def loss(self, b):
         return self.store.loss(self(b), b.y)
 
-    def edit_gradients(self):
-        pass
-
-    def observe(self, b, epoch):
-        pass
-
     def end_task(self, t, rows):
-        pass
+        self.tasks += 1
 
     def extras(self):
         """What results.json should know besides."""
@@ -518,7 +511,6 @@ class MissingModalityPrompts(Method):
         net.head.requires_grad_(head)
         self.keep, self.gamma, self.trade_off, self.tau = keep, args.gamma, args.trade_off, args.tau
         self.shared = shared
-        self.register_buffer("tasks", torch.zeros((), dtype=torch.long))                # learned so far
         self.pairs = {"both": PAIRS, "first": (PAIRS[0], None), "second": (None, PAIRS[1]), "none": ()}[args.pairs]
 
     def forward(self, b):
@@ -529,9 +521,6 @@ class MissingModalityPrompts(Method):
             for p in (self.prompts.P_M, self.prompts.k_avail, self.prompts.k_miss):
                 if p is not None:
                     p.grad = None
-
-    def end_task(self, t, rows):
-        self.tasks += 1
 
     def contrastive(self):
         """L_con: zero where there are no task-aware prompts or no pairs to compare."""
@@ -580,26 +569,26 @@ class ER(Method):
     def __init__(self, net, store, args):
         super().__init__(net, store, args)
         size = args.buffer
-        self.register_buffer("kept", torch.zeros(3, size, dtype=torch.long))        # utterance, task, seen at
+        self.register_buffer("kept", torch.zeros(2, size, dtype=torch.long))        # utterance, task
         self.register_buffer("kept_output", torch.zeros(size, store.outputs))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def observe(self, b, epoch):
-        # reservoir: the s-th sample takes place j ~ U{0..s-1} if j < size, so each is kept with size / s
+        # reservoir: sample s, from 0, takes place j ~ U{0..s} if j < size: each is kept with size / (s + 1)
         size = self.kept.shape[1]
         for i in range(len(b.rows) if epoch == 0 or self.every_epoch else 0):
             s = int(self.seen)
             j = s if s < size else int(torch.randint(s + 1, ()))
             self.seen += 1
             if j < size:
-                self.kept[:, j] = torch.tensor([int(b.rows[i]), int(b.task), s])
+                self.kept[:, j] = torch.tensor([int(b.rows[i]), b.task])
                 self.kept_output[j] = self.latest[i]
 
-    def recall(self, n, before=None):
+    def recall(self, n, before=-1):
         """n random places of the buffer, fewer while it holds fewer.  before: a task whose own samples stay out."""
         filled = min(int(self.seen), self.kept.shape[1])
         places = torch.randperm(filled, device=self.kept.device)
-        return places[self.kept[1, places] != before][:n] if before is not None else places[:n]
+        return places[self.kept[1, places] != before][:n]
 
     def together(self, b, *places):
         """Outputs and labels of the new batch and of each replayed one, in one pass through the model."""
@@ -646,12 +635,10 @@ class AGEM(ER):
             return
         parameters = [p for p in self.parameters() if p.grad is not None]
         g = torch.cat([p.grad.flatten() for p in parameters])
-        for p in parameters:
-            p.grad = None
-        self.store.loss(self(self.old), self.old.y).backward()
-        ref = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        loss = self.store.loss(self(self.old), self.old.y)
+        ref = torch.autograd.grad(loss, parameters, materialize_grads=True)
         # g <- g - (g . g_ref / g_ref . g_ref) g_ref   where g . g_ref < 0
-        g = project_away(g, torch.cat(ref))
+        g = project_away(g, torch.cat([x.flatten() for x in ref]))
         for p, part in zip(parameters, g.split([p.numel() for p in parameters])):
             p.grad = part.view_as(p).clone()
 
@@ -753,8 +740,7 @@ class EWC(Method):
         parameters, samples = list(self.parameters()), rows[torch.randperm(len(rows))[:32]]
         for row in samples:
             b = self.store.batch(row[None], t)
-            g = torch.autograd.grad(self.store.loss(self(b), b.y), parameters, allow_unused=True)
-            g = [torch.zeros_like(p) if x is None else x for p, x in zip(parameters, g)]
+            g = torch.autograd.grad(self.store.loss(self(b), b.y), parameters, materialize_grads=True)
             self.fisher += torch.cat([x.flatten() for x in g]) ** 2 / len(samples)
         self.anchor.copy_(torch.cat([p.detach().flatten() for p in parameters]))
 
@@ -762,13 +748,6 @@ class EWC(Method):
 class LwF(Distilling):
     """LwF (Li and Hoiem 2017): on the new task's inputs, keep the outputs that the model gave before it."""
     weight = 0.3                                                     # of 0.1 to 10, by validation on seed 100
-
-    def __init__(self, net, store, args):
-        super().__init__(net, store, args)
-        self.register_buffer("tasks", torch.zeros((), dtype=torch.long))
-
-    def end_task(self, t, rows):
-        self.tasks += 1
 
     def loss(self, b):
         output = self(b)
@@ -1110,11 +1089,12 @@ def utterances(lesson, split, device):
 
 @torch.no_grad()
 def predict(args, method, part):
-    """Outputs (n,C) for the utterances of one split of one task."""
+    """Outputs (n,C) for the utterances of one split of one task, and their labels (n,)."""
     method.eval()
     rows, t = torch.as_tensor(part.rows, device=args.device), PATTERNS.index(part.available)
     outputs = [method(method.store.batch(some, t)).float().cpu() for some in metrics.mine(rows)[0].split(args.eval_batch)]
-    return rows, torch.stack(metrics.gathered([*torch.cat(outputs)], len(rows))).to(args.device)
+    whole = torch.stack(metrics.gathered([*torch.cat(outputs)], len(rows)))
+    return whole.to(args.device), method.store.y[rows]
 
 
 def learn_task(args, backbone, method, lesson, run):
@@ -1151,10 +1131,7 @@ def learn_task(args, backbone, method, lesson, run):
             optimizer.step()
             method.observe(b, epoch)
             total += value * len(whole)
-        losses = []
-        for task in lesson:
-            some, output = predict(args, method, task.val)
-            losses.append(store.loss(output, store.y[some]).item())
+        losses = [store.loss(*predict(args, method, task.val)).item() for task in lesson]
         run.keep(total / len(rows), score=-float(np.mean(losses)))
 
 
@@ -1164,8 +1141,7 @@ def adam(parameters, lr, device):
 
 def evaluate(args, backbone, method, part):
     """Scores of one split of one task: "score", the accuracy in points, and what metrics.affect_scores knows."""
-    rows, output = predict(args, method, part)
-    label = method.store.y[rows]
+    output, label = predict(args, method, part)
     scores = metrics.affect_scores(output.cpu().numpy(), label.cpu().numpy(), method.store.scoring)
     return {"score": scores["accuracy"], **scores}
 
@@ -1183,7 +1159,7 @@ def run(args, folder):
     run.restore(method=method)                                       # of a run that was killed
     for stage, lesson in run.tasks([stream.tasks] if method.one_stage else [[task] for task in stream.tasks]):
         rows, t = utterances(lesson, "train", args.device)[0], number(lesson[0])
-        if run.fresh:                                                # a killed run may have begun it
+        if not run.begun:                                            # by a killed run
             method.begin_task(t, rows)
         learn_task(args, backbone, method, lesson, run)
         method.eval()                                    # a resumed run may have had no epoch left to learn
@@ -1246,40 +1222,36 @@ def cosine_map(cosine, path):
 # 6: their labels are ours.
 COLUMNS = ("AA", "FM_max", "FM_diag")
 LINE = (*COLUMNS, "right_prompt")                                  # of the last line of a run
-METHOD_ROWS = [
-    ("iCaRL, buffer 250", {"method": "icarl", "buffer": 250}, (64.12, 3.49)), ("A-GEM, buffer 250", {"method": "agem", "buffer": 250}, (63.18, 4.10)),
-    ("ER, buffer 250", {"method": "er", "buffer": 250}, (65.78, 3.44)), ("DER++, buffer 250", {"method": "derpp", "buffer": 250}, (64.62, 2.74)),
-    ("iCaRL, buffer 500", {"method": "icarl", "buffer": 500}, (66.81, 2.01)),
-    ("A-GEM, buffer 500", {"method": "agem", "buffer": 500}, (65.12, 2.88)),
-    ("ER, buffer 500", {"method": "er", "buffer": 500}, (68.91, 1.12)),
-    ("DER++, buffer 500", {"method": "derpp", "buffer": 500}, (67.02, 0.69)),
-    ("EWC", {"method": "ewc"}, (66.44, 1.75)), ("LwF", {"method": "lwf"}, (64.56, 2.97)),
-    ("L2P", {"method": "l2p"}, (63.79, 2.67)), ("DualPrompt", {"method": "dualprompt"}, (67.23, 0.73)),
-    ("S-Prompts", {"method": "sprompts"}, (64.83, 3.57)), ("MISA", {"method": "misa"}, (61.63, 6.75)),
-    ("MCTN style", {"method": "mctn"}, (63.35, 4.17)), ("MMIN", {"method": "mmin"}, (65.31, 3.92)), ("MPLMM", {"method": "mplmm"}, (70.35, 2.18)),
-    ("ours", {"method": "prompts"}, (71.87, -0.15)), ("lower bound", {"method": "finetune"}, (62.34, 6.18)),
-    ("upper bound", {"method": "joint"}, (71.19, None)), ("upper bound (ours)", {"method": "joint-prompts"}, (73.20, None)),
-    ("frozen, no prompts", {"method": "none"}, None)]
 ALONE = {"pairs": "none"}                                            # without L_con
 TABLES = {
-    "2": ("Table 2: all methods", "ours", METHOD_ROWS),
+    "2": ("Table 2: all methods", "ours", [
+        *((f"{label}, buffer {size}", {"method": method, "buffer": size}, numbers)
+          for label, method, size, numbers in (
+              ("iCaRL", "icarl", 250, (64.12, 3.49)), ("A-GEM", "agem", 250, (63.18, 4.10)),
+              ("ER", "er", 250, (65.78, 3.44)), ("DER++", "derpp", 250, (64.62, 2.74)),
+              ("iCaRL", "icarl", 500, (66.81, 2.01)), ("A-GEM", "agem", 500, (65.12, 2.88)),
+              ("ER", "er", 500, (68.91, 1.12)), ("DER++", "derpp", 500, (67.02, 0.69)))),
+        *((label, {"method": method}, numbers) for label, method, numbers in (
+            ("EWC", "ewc", (66.44, 1.75)), ("LwF", "lwf", (64.56, 2.97)), ("L2P", "l2p", (63.79, 2.67)),
+            ("DualPrompt", "dualprompt", (67.23, 0.73)), ("S-Prompts", "sprompts", (64.83, 3.57)),
+            ("MISA", "misa", (61.63, 6.75)), ("MCTN style", "mctn", (63.35, 4.17)),
+            ("MMIN", "mmin", (65.31, 3.92)), ("MPLMM", "mplmm", (70.35, 2.18)), ("ours", "prompts", (71.87, -0.15)),
+            ("lower bound", "finetune", (62.34, 6.18)), ("upper bound", "joint", (71.19, None)),
+            ("upper bound (ours)", "joint-prompts", (73.20, None)), ("frozen, no prompts", "none", None)))]),
     "3": ("Table 3: kinds of prompts, without task interaction", "MS TA TS", [
-        ("none (lower bound)", {"method": "finetune"}, (62.34, 6.18)), ("MS", {"prompts": ["MS"], **ALONE}, (64.07, 4.01)),
-        ("TA", {"prompts": ["TA"], **ALONE}, (66.21, 3.24)), ("TS", {"prompts": ["TS"], **ALONE}, (68.01, 1.27)),
-        ("MS TA", {"prompts": ["MS", "TA"], **ALONE}, (69.16, 2.08)),
-        ("MS TS", {"prompts": ["MS", "TS"], **ALONE}, (70.34, 0.74)),
-        ("TA TS", {"prompts": ["TA", "TS"], **ALONE}, (70.51, 0.31)), ("MS TA TS", ALONE, (70.91, 0.13))]),
+        ("none (lower bound)", {"method": "finetune"}, (62.34, 6.18)),
+        *((kinds, {"prompts": kinds.split(), **ALONE}, numbers) for kinds, numbers in (
+            ("MS", (64.07, 4.01)), ("TA", (66.21, 3.24)), ("TS", (68.01, 1.27)), ("MS TA", (69.16, 2.08)),
+            ("MS TS", (70.34, 0.74)), ("TA TS", (70.51, 0.31)), ("MS TA TS", (70.91, 0.13))))]),
     "4": ("Table 4: task interaction", "default", [
         ("without L_con", ALONE, (70.91, 0.13)), ("without l(i,j), l(j,i)", {"pairs": "second"}, (71.14, 0.09)),
         ("without l(m,n), l(n,m)", {"pairs": "first"}, (71.42, 0.06)), ("lambda 0.5", {"trade_off": 0.5}, (71.52, 0.04)),
         ("lambda 2", {"trade_off": 2.0}, (71.69, 0.01)), ("gamma 0.5", {"gamma": 0.5}, (71.58, -0.04)),
         ("default", {}, (71.87, -0.15))]),
     "5": ("Table 5: order of the kinds", "MS TA TS", [
-        ("MS TA TS", {}, (71.87, -0.15)), ("MS TS TA", {"sequence": ["MS", "TS", "TA"]}, (70.96, -0.03)),
-        ("TA MS TS", {"sequence": ["TA", "MS", "TS"]}, (71.23, 0.06)),
-        ("TA TS MS", {"sequence": ["TA", "TS", "MS"]}, (70.57, 0.04)),
-        ("TS MS TA", {"sequence": ["TS", "MS", "TA"]}, (70.00, 0.10)),
-        ("TS TA MS", {"sequence": ["TS", "TA", "MS"]}, (69.98, 0.28))]),
+        (order, {"sequence": order.split()}, numbers) for order, numbers in (
+            ("MS TA TS", (71.87, -0.15)), ("MS TS TA", (70.96, -0.03)), ("TA MS TS", (71.23, 0.06)),
+            ("TA TS MS", (70.57, 0.04)), ("TS MS TA", (70.00, 0.10)), ("TS TA MS", (69.98, 0.28)))]),
     "6": ("Table 6: where prompts are attached", "layers 1 2 3", [
         ("layers 3 4 5", {"start": 2}, (70.06, 0.23)), ("layers 1 2 3", {}, (71.87, -0.15)),
         ("N_M N_A N_S = 2 1 1", {"depths": [2, 1, 1]}, (71.10, 0.07)),
@@ -1323,10 +1295,8 @@ def bench(args):
         methods[name] = build_method(args, make_backbone(args, stream), stream).train()
 
     def step(method):
-        learns = any(p.requires_grad for p in method.parameters())
-        with torch.set_grad_enabled(learns):
-            loss = method.loss(method.store.batch(rows, t))
-        if learns:
+        loss = method.loss(method.store.batch(rows, t))
+        if loss.requires_grad:                                       # not that of the frozen backbone
             method.zero_grad()
             loss.backward()
 
@@ -1434,7 +1404,7 @@ def is_shipped(args):
 
 
 def affect_config(args):
-    """Everything that the training of a small backbone depends on."""
+    """What may differ between the trainings of two small backbones."""
     return [{k: getattr(args, k) for k in SHIPPED}, PRE_CLIP, data.MINI_AFFECT, args.backbone_seed]
 
 
@@ -1443,9 +1413,8 @@ def teach_backbone(args, stream, net):
 
     Raises InputError if none is finite.
     """
-    train, val = stream.extra["upstream"]
     store, best, device = Store(stream, args.device), (math.inf, None), torch.device(args.device)
-    rows, val = (torch.as_tensor(part.rows, device=device) for part in (train, val))
+    rows, val = (torch.as_tensor(part.rows, device=device) for part in stream.extra["upstream"])
     optimizer = adam(net.parameters(), 1e-3, device)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.pre_epochs * math.ceil(len(rows) / 64))
     for epoch in range(args.pre_epochs):
@@ -1470,22 +1439,21 @@ def teach_backbone(args, stream, net):
 
 
 def cached_backbone(args, stream, net):
-    """net trained on complete modalities; from the cache, if this was done before with these utterances."""
+    """Trains net on complete modalities; or reads it from the cache, if it was trained on these utterances."""
     from safetensors.torch import load_file, save
-    train, _ = stream.extra["upstream"]
-    parts = [np.ascontiguousarray(x[train.rows]).tobytes() for x in (*train.features.values(), train.label)]
+    parts = [np.ascontiguousarray(x[part.rows]).tobytes() for part in stream.extra["upstream"]
+             for x in (*part.features.values(), part.label)]
     about = affect_config(args), stream.extra["version"], stream.extra["scoring"]
     key = metrics.digest([*about, *map(metrics.content, parts)])
     path = data.cache_folder() / f"affect-{args.backbone}-{key}.safetensors"
     if path.exists():
         with contextlib.suppress(Exception):                         # a broken file is made anew
             net.load_state_dict(load_file(str(path)))
-            return net
+            return
         print(f"{path} cannot be read; pre-training again")
     teach_backbone(args, stream, net)
     with metrics.atomic(path, "wb") as f:
         f.write(save(net.state_dict()))
-    return net
 
 
 def pretrain(args):

@@ -1004,7 +1004,7 @@ def run(args, folder):
             method.end_task()
     run.restore(method=method)                                           # and these are the prompts it had
     for t, task in run.tasks(stream.mixed() if method.one_stage else stream.tasks):
-        if run.fresh:                                                    # a killed run may have begun it
+        if not run.begun:                                                # by a killed run
             begin_task(args, backbone, method, t)
             run.kept["trainable"] = sum(p.numel() for p in method.parameters() if p.requires_grad)
         learn_task(args, backbone, method, task, run)
@@ -1299,6 +1299,7 @@ def main(argv=None):
 MINI = {"width": 96, "layers": 3, "clip_width": 64, "pictures": 12_000, "sight_steps": 800, "align_steps": 300, "steps": 4000,
         "clip_steps": 400, "batch": 64, "lr": 2e-3, "short": 0.1, "plain": 0.15}
 # short: the share of one-word answers; plain: of questions without a skill word, answered by the caption
+MORE_STEPS = {0: 5000}                                  # {seed: steps} where 4,000 do not reach the bounds
 FILLERS = ("well", "so", "just", "kindly", "ok")
 SEVEN_B = {"width": 4096, "layers": 32, "clip_width": 768, "side": 336, "patch": 14, "heads": 32, "inner": 11008,
            "tower": (1024, 24, 16, 4096), "vocabulary": 32064}   # for --bench: LLaVA-1.5-7B and CLIP-L/14-336
@@ -1351,7 +1352,7 @@ def tiny_models(words, width=96, layers=3, clip_width=64, side=48, patch=16, hea
 
 def small_config(seed):
     """Everything that the training of the small backbone depends on."""
-    return {**MINI, "seed": seed, "world": MINI_COIN}
+    return {**MINI, "steps": MORE_STEPS.get(seed, MINI["steps"]), "seed": seed, "world": MINI_COIN}
 
 
 def small_models(seed):
