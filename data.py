@@ -5,8 +5,10 @@ double increment, its subtasks.  Nothing here needs torch, a GPU or the network.
 """
 import argparse
 import csv
+import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,7 +17,6 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
-@dataclass
+@dataclasses.dataclass
 class Task:
     """One task of a stream.  train, val, test: sequences of samples; subtasks: Tasks learned inside this one,
     in order."""
@@ -38,10 +39,10 @@ class Task:
     train: Any
     val: Any
     test: Any
-    subtasks: list = field(default_factory=list)
+    subtasks: list = dataclasses.field(default_factory=list)
 
 
-@dataclass
+@dataclasses.dataclass
 class Stream:
     """Tasks in the order they arrive, and what readers report.
 
@@ -49,8 +50,8 @@ class Stream:
     images, ...).
     """
     tasks: list
-    notes: list = field(default_factory=list)
-    extra: dict = field(default_factory=dict)
+    notes: list = dataclasses.field(default_factory=list)
+    extra: dict = dataclasses.field(default_factory=dict)
 
     def __len__(self):
         return len(self.tasks)
@@ -79,7 +80,7 @@ class Stream:
 # settings from them: class increment (CI), question increment (QI), and both at once, one inside the other (DI).
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Sample:
     """One question about one picture.  answers: one, or the ten annotators'.  image: a path below the root,
     or an index into stream.extra["regions"].  question_type and category decide the task."""
@@ -130,8 +131,7 @@ _PREFIXES = {
     "color": "what color|what color is|what color is the|what color are the|what is the color of the",
     "type": "what kind of|what type of",
     "subcategory": "none of the above|what time|what sport is|what animal is|what brand",
-    "causal": "why|why is the",
-}
+    "causal": "why|why is the"}
 _TYPE_OF_PREFIX = {p: name for name, prefixes in _PREFIXES.items() for p in prefixes.split("|")}
 _ABOUT_PEOPLE = re.compile(r"^(is this|are|are the|are these)\s+((both|all|the|these)\s+)*(woman|women|man|men)\b")
 
@@ -147,14 +147,15 @@ def vqa_question_type(prefix, question):
     return _TYPE_OF_PREFIX.get(prefix.strip().lower())
 
 
-def partition(setting, parts, categories, types, inner, seed, outer="category"):
+def partition(setting, parts, categories, types, inner, seed, outer="category", **extra):
     """A Stream from {"train","val","test": samples} in one of MM-Prompt's settings (section 4.1, appendix A).
 
     CI: one task per group of `categories` [(name, {category, ...})].  QI: one per entry of `types` [name].
     DI: outer tasks are the groups (outer="category") or the types (outer="type", NExT-QA), with `inner` subtasks of
     the other label, [(name, {type, ...})] or [(name, {category, ...})], in an order of their own for each outer task,
     drawn from the seed as in the official code.
-    Samples that no task takes are counted in .notes; empty tasks raise InputError.
+    extra: what the Stream's .extra holds.  Samples that no task takes are counted in .notes; empty tasks
+    raise InputError.
     """
     if setting not in ("DI", "CI", "QI"):
         raise InputError(f"--setting is DI, CI or QI, not {setting!r}")
@@ -164,19 +165,17 @@ def partition(setting, parts, categories, types, inner, seed, outer="category"):
     splits, tasks = ("train", "val", "test"), []
     for t, (name, group) in enumerate(groups):
         own = {k: [s for s in parts[k] if getattr(s, label) in group] for k in splits}
-        empty = [k for k in splits if not own[k]]
+        empty = " and no ".join(k for k in splits if not own[k])
         if empty:
-            raise InputError(f"task {name!r} of setting {setting} has no {' and no '.join(empty)} question; "
-                             "leave it out, give more data, or name the splits yourself")
+            raise InputError(f"task {name!r} of {setting} has no {empty} question; add data or name the splits")
         subtasks = [Task(part, *([s for s in own[k] if getattr(s, other) in labels] for k in splits))
                     for part, labels in (inner if setting == "DI" else [])]
         subtasks = [s for s in subtasks if s.train]
         random.Random(f"{seed} {t}").shuffle(subtasks)
         tasks.append(Task(name, own["train"], own["val"], own["test"], subtasks))
-    taken = {id(s) for t in tasks for k in splits for s in getattr(t, k)}
-    lost = sum(id(s) not in taken for k in splits for s in parts[k])
-    note = f"{lost} questions belong to no task of setting {setting}: dropped"
-    return Stream(tasks, [note] if lost else [])
+    lost = sum(map(len, parts.values())) - sum(len(getattr(t, k)) for t in tasks for k in splits)
+    notes = [f"{lost} questions belong to no task of setting {setting}: dropped"] if lost else []
+    return Stream(tasks, notes, extra)
 
 
 def vqa_stream(setting, source, root=".", seed=0, **more):
@@ -189,23 +188,21 @@ def vqa_stream(setting, source, root=".", seed=0, **more):
     if source == "mini":
         return mini_vqa(setting, seed, **more)
     if source == "vqav2":
-        return _vqav2(setting, Path(root), seed, **more)
+        return _vqav2(setting, Path(root), seed)
     if source == "nextqa":
-        return _nextqa(setting, Path(root), seed, **more)
+        return _nextqa(setting, Path(root), seed)
     if str(source).endswith(".jsonl"):
-        return _jsonl(setting, Path(source), None if root in (None, ".") else Path(root), seed, **more)
+        return _jsonl(setting, Path(source), Path(source).parent if root in (None, ".") else Path(root), seed)
     raise InputError(f"--data is mini, vqav2, nextqa or a .jsonl file, not {source!r}")
 
 
 def describe(stream):
     """The partition as text: tasks, questions per split, subtasks, notes."""
+    row = lambda name, t: f"{name:<34}{len(t.train):>9}{len(t.val):>8}{len(t.test):>8}"
     lines = [f"{'task':<34}{'train':>9}{'val':>8}{'test':>8}"]
     for t in stream.tasks:
-        lines.append(f"{t.name[:33]:<34}{len(t.train):>9}{len(t.val):>8}{len(t.test):>8}")
-        for s in t.subtasks:
-            lines.append(f"  - {s.name[:30]:<30}{len(s.train):>9}{len(s.val):>8}{len(s.test):>8}")
-    total = [sum(len(getattr(t, k)) for t in stream.tasks) for k in ("train", "val", "test")]
-    return "\n".join(lines + [f"{'all':<34}{total[0]:>9}{total[1]:>8}{total[2]:>8}"] + stream.notes)
+        lines += [row(t.name[:33], t), *(row(f"  - {s.name[:30]}", s) for s in t.subtasks)]
+    return "\n".join([*lines, row("all", *stream.mixed()), *stream.notes])
 
 
 def inside(root, path, where="the data"):
@@ -221,13 +218,10 @@ def inside(root, path, where="the data"):
 def open_picture(path):
     """The picture as RGB, decoded whole.  Raises InputError for a missing, truncated or unreadable file."""
     from PIL import Image
-    if os.path.exists(path) and not os.path.isfile(path):            # a pipe would wait for ever
-        raise InputError(f"picture {path} is no regular file; replace it or remove its questions")
+    need_file(path, "put the picture there or remove its questions")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"picture {path} is missing; put it there or remove its questions")
     except Exception as e:                                       # Pillow raises many kinds for a damaged file
         raise InputError(f"picture {path} cannot be read ({e}); replace the file or remove its questions")
 
@@ -238,39 +232,46 @@ def cache_folder():
     return Path(os.environ.get("MMPROMPTS_CACHE") or Path.home() / ".cache" / "multimodal-prompts")
 
 
-def _share(key, seed):
-    """A number in [0,1) that depends on key and seed alone: splits stay the same when files grow."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") / 2 ** 56
+def _split(key, seed, train=.7, val=.8):
+    """The split of a key, by a number in [0,1) that depends on key and seed alone: splits stay the same when
+    files grow."""
+    share = int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest(), "big") / 2 ** 56
+    return "train" if share < train else "val" if share < val else "test"
 
 
-def open_text(path):
-    """A text file of a data set.  Raises InputError for what is not there or no file: a pipe would wait for ever."""
+def need_file(path, mend="put it there"):
+    """Raises InputError for what is not there or no file: a pipe would wait for ever."""
     if not os.path.isfile(path):
-        wrong = "no regular file" if os.path.lexists(path) else "missing"
-        raise InputError(f"{path} is {wrong}; put it there")
-    return open(path, encoding="utf-8-sig", newline="")
+        raise InputError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}; {mend}")
+
+
+def read_text(path):
+    """The text of a file of a data set, its line ends as they are.  Raises InputError."""
+    need_file(path)
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} cannot be read ({e}); a UTF-8 text file is needed") from None
 
 
 def read_json(path, hook=None):
-    def refuse(name):
-        raise ValueError(f"{name} is no number")
+    text = read_text(path)
     try:
-        with open_text(path) as f:
-            return json.load(f, object_hook=hook, parse_constant=refuse)
+        return json.loads(text, object_hook=hook)
     except (ValueError, RecursionError, MemoryError) as e:
-        where = e or "too large"
+        where = str(e) or "too large"
         if isinstance(e, json.JSONDecodeError):
             where = f"line {e.lineno} column {e.colno}: {e.msg}"
         raise InputError(f"{path} is not valid JSON ({where}); download it again") from None
 
 
 def entries(path, key, hook=None):
-    """The list at a key of a JSON file's object.  Raises InputError."""
+    """(where it stands, entry) of the list at a key of a JSON file's object.  Raises InputError."""
     whole = read_json(path, hook)
     rows = whole.get(key) if isinstance(whole, dict) else None
     if not isinstance(rows, list):
         raise InputError(f"{path}: an object with a list of {key} is needed; this is not the official file")
-    return rows
+    return ((f"{path}, {key[:-1]} {i}", row) for i, row in enumerate(rows))
 
 
 def field(row, key, kind, where):
@@ -281,7 +282,7 @@ def field(row, key, kind, where):
     value = row[key]
     good = isinstance(value, kind) and not isinstance(value, bool)
     if isinstance(value, (int, float)):
-        good = good and -2 ** 53 < value < 2 ** 53                   # nan is neither
+        good = good and -2 ** 53 < value < 2 ** 53                   # nan fails both
     if not good or isinstance(value, str) and (not value.strip() or re.search("[\ud800-\udfff]", value)):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise InputError(f"{where}: {key} is {str(value)[:40]!r}, expected {names}, not blank")
@@ -350,18 +351,16 @@ def draw_scene(scene):
     canvas = canvas.clip(0, 255).astype(np.uint8)
     boxes = []
     for thing in scene["things"]:
-        cells = _sprites()[COCO_NAMES.index(thing["name"]), POSES.index(thing["pose"])]
-        y, x = np.mgrid[:8, :8]
+        side = 20 if thing["size"] == "small" else 30
+        y, x = np.mgrid[:side, :side] * 8 // side                    # which of the glyph's 8 x 8 cells
+        glyph = _sprites()[COCO_NAMES.index(thing["name"]), POSES.index(thing["pose"]), y, x]
         dark = {"plain": y < 0, "striped": y % 2 == 1, "dotted": (y % 3 == 1) & (x % 3 == 1),
                 "checked": (x + y) % 2 == 1}
         color = np.array(COLORS[thing["color"]])
         shade = (color * 0.4 + (80 if thing["color"] == "black" else 0)).astype(int)
         tile = np.where(dark[thing["pattern"]][..., None], shade, color)
-        side = 20 if thing["size"] == "small" else 30
-        grow = np.arange(side) * 8 // side                           # nearest-neighbour enlargement
         x0, y0 = thing["corner"]
-        spot = canvas[y0:y0 + side, x0:x0 + side]
-        spot[cells[grow][:, grow]] = tile[grow][:, grow][cells[grow][:, grow]]
+        canvas[y0:y0 + side, x0:x0 + side][glyph] = tile[glyph]
         boxes.append((x0 / 96, y0 / 96, (x0 + side) / 96, (y0 + side) / 96))
     return Image.fromarray(canvas), np.array(boxes + [(0, 0, 1, 1)], np.float32)
 
@@ -370,9 +369,8 @@ def random_scene(rng, name, crowd=True, alone=False):
     """A scene about class `name`.  crowd: one to four copies, else one.  alone: no other object beside it.
     rng: random.Random.  The main copies come first in "things"."""
     def thing(name, cell, size):
-        side, (cx, cy) = 20 if size == "small" else 30, cell
-        slack = 32 - side
-        corner = cx * 32 + rng.randint(0, slack), cy * 32 + rng.randint(0, slack)
+        slack = 12 if size == "small" else 2                         # pixels to spare in a cell of 32
+        corner = tuple(k * 32 + rng.randint(0, slack) for k in cell)
         where = next((k for k, c in CELLS.items() if c == cell), "corner")
         return {"name": name, "cell": where, "corner": corner, "size": size}
 
@@ -385,9 +383,8 @@ def random_scene(rng, name, crowd=True, alone=False):
     things = [thing(name, cell, size) | look for cell in [CELLS[position]] + free[:count - 1]]
     if not alone and rng.random() < 0.2:
         other = rng.choice([n for n in COCO_NAMES if n != name])
-        things.append(thing(other, free[count - 1], rng.choice(SIZES))
-                      | {"color": rng.choice([c for c in COLORS if c != look["color"]]),
-                         "pattern": rng.choice(PATTERNS), "pose": rng.choice(POSES)})
+        things.append(thing(other, free[count - 1], rng.choice(SIZES)) | {
+            "color": colored(rng, look, False), "pattern": rng.choice(PATTERNS), "pose": rng.choice(POSES)})
     other = things[count] if len(things) > count else None
     return {"name": name, "count": count, "position": position, "place": rng.choice(list(PLACES)), **look,
             "size": size, "things": things, "other": other, "noise": rng.getrandbits(32)}
@@ -408,9 +405,6 @@ def ask(rng, scene, kind):
     """(question, answer) of one of the ten types about a scene.  Several wordings each; "it" only where
     nothing else is."""
     name, pick = scene["name"], rng.choice
-    if kind == "recognition":
-        return (pick(["what is the {} thing", "what is the {} object"]).format(scene["color"]) if scene["other"] else
-                pick(["what is this", "what is in the picture", "what object is shown"])), name
     if kind == "location":
         if scene["count"] == 1 and rng.random() < 0.6:
             return pick(["where is the {}", "where is the {} in the picture"]).format(name), scene["position"]
@@ -425,17 +419,17 @@ def ask(rng, scene, kind):
         true = [q for q, kinds in ABILITIES.items() if kind_of(name) in kinds]
         yes = bool(true) and rng.random() < 0.6
         return pick(true) if yes else pick([q for q in ABILITIES if q not in true]), "yes" if yes else "no"
-    if kind == "count":
-        return pick(["how many {} are there", "what number of {} is there"]).format(name), NUMBERS[scene["count"] - 1]
-    if kind == "action":
-        return pick(["what is the {} doing", "what does the {} do"]).format(name), scene["pose"]
-    if kind == "color":
-        return pick(["what color is the {}", "what is the color of the {}"]).format(name), scene["color"]
-    if kind == "type":
-        return pick(["what kind of {} is this", "what type of {} is it"]).format(name), scene["pattern"]
-    if kind == "subcategory":
-        return pick(["what family is this", "what family is it from"]), kind_of(name)
-    return pick(["why is the {} here", "why is the {} in this place"]).format(name), REASONS[scene["place"]]
+    one_of_two = "what is the {color} thing|what is the {color} object"
+    alone = "what is this|what is in the picture|what object is shown"
+    wordings, answer = {
+        "recognition": (one_of_two if scene["other"] else alone, name),
+        "count": ("how many {name} are there|what number of {name} is there", NUMBERS[scene["count"] - 1]),
+        "action": ("what is the {name} doing|what does the {name} do", scene["pose"]),
+        "color": ("what color is the {name}|what is the color of the {name}", scene["color"]),
+        "type": ("what kind of {name} is this|what type of {name} is it", scene["pattern"]),
+        "subcategory": ("what family is this|what family is it from", kind_of(name)),
+        "causal": ("why is the {name} here|why is the {name} in this place", REASONS[scene["place"]])}[kind]
+    return pick(wordings.split("|")).format(**scene), answer
 
 
 def upstream_statement(rng, scene):
@@ -446,9 +440,8 @@ def upstream_statement(rng, scene):
     name, pick = scene["name"], rng.choice
     kind = rng.choices(list(UPSTREAM), list(UPSTREAM.values()))[0]
     if kind == "name":
-        if scene["other"] or rng.random() < .5:
-            return f"the {scene['color']} one is a <mask>", name
-        return "here we see a <mask>", name
+        several = scene["other"] or rng.random() < .5
+        return f"the {scene['color']} one is a <mask>" if several else "here we see a <mask>", name
     if kind == "place":
         return ((f"the {name} stands at the <mask>", scene["position"]) if scene["count"] == 1 and rng.random() < .6
                 else ("the background is a <mask>", scene["place"]))
@@ -491,9 +484,7 @@ def region_pixels(image, boxes, jitter=None):
     W, H = image.size
     out = np.empty((len(boxes), REGION_PIXELS, REGION_PIXELS, 3), np.uint8)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        dx = dy = 0
-        if jitter and x2 - x1 < 1:
-            dx, dy = jitter.uniform(-.006, .006), jitter.uniform(-.006, .006)
+        dx, dy = (jitter.uniform(-.006, .006) if jitter and x2 - x1 < 1 else 0 for _ in range(2))
         box = ((x1 + dx) * W, (y1 + dy) * H, (x2 + dx) * W, (y2 + dy) * H)
         inside_picture = [min(max(v, 0), m) for v, m in zip(box, (W, H, W, H))]
         out[i] = np.asarray(image.resize((REGION_PIXELS, REGION_PIXELS), 2, inside_picture))
@@ -546,9 +537,8 @@ def mini_vqa(setting, seed=0, sizes=(8000, 800, 1600)):
     CI 8 tasks, QI 10 tasks, DI 8 tasks of 5 subtasks.  Two seconds a thousand questions.
     """
     parts, regions = _mini_world(seed, tuple(sizes))
-    stream = partition(setting, parts, VQA_GROUPS, QUESTION_TYPES, TYPE_PAIRS, seed)
-    stream.extra.update(regions=regions, version=f"mini-VQA {MINI_VQA_VERSION}")
-    return stream
+    return partition(setting, parts, VQA_GROUPS, QUESTION_TYPES, TYPE_PAIRS, seed, regions=regions,
+                     version=f"mini-VQA {MINI_VQA_VERSION}")
 
 
 # ===================================================================================== VQA v2, official files
@@ -567,26 +557,21 @@ def _vqav2(setting, root, seed):
         raise InputError(f"{root} holds no v2_mscoco_train2014_annotations.json; get the VQA v2 annotation and question files "
                          "from visualqa.org and name their folder with --root")
     category = _coco_categories(root, found)
-    karpathy = {}
-    if (root / "dataset_coco.json").exists():
-        path = root / "dataset_coco.json"
-        for i, image in enumerate(entries(path, "images")):
-            where = f"{path}, image {i}"
-            split = field(image, "split", str, where)
-            if split not in ("train", "restval", "val", "test"):
-                raise InputError(f"{where}: split is train, restval, val or test, not {split[:40]!r}")
-            karpathy[field(image, "cocoid", int, where)] = "train" if split == "restval" else split
+    path, karpathy = root / "dataset_coco.json", {}
+    for where, image in entries(path, "images") if path.exists() else ():
+        split = field(image, "split", str, where)
+        if split not in ("train", "restval", "val", "test"):
+            raise InputError(f"{where}: split is train, restval, val or test, not {split[:40]!r}")
+        karpathy[field(image, "cocoid", int, where)] = "train" if split == "restval" else split
     # ten dicts become ten shared strings while the file is parsed: a million questions fit into memory
     compact = lambda d: sys.intern(d["answer"]) if "answer_id" in d and type(d.get("answer")) is str else d
     parts, dropped = {"train": [], "val": [], "test": []}, Counter()
     for year in found:
+        shares = (.8, .9) if len(found) == 1 else (1, 1) if year == "train2014" else (0, .5)
         path, questions = root / f"v2_OpenEnded_mscoco_{year}_questions.json", {}
-        for i, row in enumerate(entries(path, "questions")):
-            where = f"{path}, question {i}"
+        for where, row in entries(path, "questions"):
             questions[field(row, "question_id", int, where)] = field(row, "question", str, where)
-        path = root / f"v2_mscoco_{year}_annotations.json"
-        for i, row in enumerate(entries(path, "annotations", compact)):
-            where = f"{path}, annotation {i}"
+        for where, row in entries(root / f"v2_mscoco_{year}_annotations.json", "annotations", compact):
             number, name, answers = (field(row, k, kind, where) for k, kind in
                                      (("image_id", int), ("question_id", int), ("answers", list)))
             question = questions.pop(name, None)                     # each is asked once
@@ -600,32 +585,27 @@ def _vqav2(setting, root, seed):
             elif group is None:
                 dropped["picture has no category"] += 1
             else:
-                share = _share(number, seed)
-                split = (karpathy.get(number, "train") if karpathy else
-                         "train" if (year == "train2014" and len(found) == 2) or (len(found) == 1 and share < .8) else
-                         "val" if share < (.5 if len(found) == 2 else .9) else "test")
+                split = karpathy.get(number, "train") if karpathy else _split(number, seed, *shares)
                 picture = sys.intern(f"{year}/COCO_{year}_{number:012d}.jpg")
                 parts[split].append(Sample(name, picture, question, tuple(answers), kind, group))
-    stream = partition(setting, parts, VQA_GROUPS, QUESTION_TYPES, TYPE_PAIRS, seed)
+    stream = partition(setting, parts, VQA_GROUPS, QUESTION_TYPES, TYPE_PAIRS, seed, root=root)
     stream.notes += [f"dropped {n:,}: {why}" for why, n in dropped.most_common()]
-    stream.extra["root"] = root
     return stream
 
 
 def _coco_categories(root, years):
     """{(year, image id): category name}."""
-    names = dict(zip(COCO_IDS, COCO_NAMES))
-    if (root / "ImgId_cate_map.json").exists():
-        path, out = root / "ImgId_cate_map.json", {}
+    names, out = dict(zip(COCO_IDS, COCO_NAMES)), {}
+    path = root / "ImgId_cate_map.json"
+    if path.exists():
         whole = read_json(path)
-        for key in whole if isinstance(whole, dict) else ():
-            parts, number = re.fullmatch(r"COCO_(\w+2014)_(\d{1,12})", key), str(whole[key])
-            if not parts or not re.fullmatch(r"\d{1,3}", number):
-                raise InputError(f"{path}: {key[:40]!r}: {number[:40]!r}, expected "
-                                 "COCO_<split>_<picture>: <category number>")
-            out[parts[1], int(parts[2])] = names.get(int(number))
+        for key, number in whole.items() if isinstance(whole, dict) else ():
+            pair = f"{key}: {number}"
+            found = re.fullmatch(r"COCO_(\w+2014)_(\d{1,12}): (\d{1,3})", pair)
+            if not found:
+                raise InputError(f"{path}: {pair[:80]!r}, expected COCO_<split>_<picture>: <category number>")
+            out[found[1], int(found[2])] = names.get(int(found[3]))
         return out
-    out = {}
     for year in years:
         places = root / f"instances_{year}.json", root / "annotations" / f"instances_{year}.json"
         path = next((p for p in places if p.exists()), None)
@@ -635,8 +615,7 @@ def _coco_categories(root, years):
         # polygons are not needed
         keep = lambda d: {k: d.get(k) for k in ("image_id", "category_id", "area")} if "area" in d else d
         area = Counter()
-        for i, row in enumerate(entries(path, "annotations", keep)):
-            where = f"{path}, annotation {i}"
+        for where, row in entries(path, "annotations", keep):
             pair = field(row, "image_id", int, where), field(row, "category_id", int, where)
             area[pair] += field(row, "area", (int, float), where)
         for (image, number), _ in sorted(area.items(), key=lambda kv: kv[1]):  # the largest comes last and stays
@@ -674,7 +653,7 @@ def _nextqa(setting, root, seed):
     """NExT-QA's open-ended questions from {train,val,test}_{CW,TN,...}.csv below `root`.  sample.image = the
     video's id.
 
-    Files of one split alone are divided 70/10/20 by video.  DI: types outside, five object groups inside.
+    Unless all three splits are there, all files are divided 70/10/20 by video.  DI: types outside, five object groups inside.
     """
     parts, files = {"train": [], "val": [], "test": []}, 0
     for split in parts:
@@ -685,9 +664,8 @@ def _nextqa(setting, root, seed):
                 continue
             files += 1
             try:
-                with open_text(path) as f:
-                    rows = list(csv.DictReader(f))
-            except (ValueError, csv.Error) as e:
+                rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+            except csv.Error as e:
                 raise InputError(f"{path} cannot be read ({e}); a UTF-8 CSV file is needed") from None
             for line, row in enumerate(rows, 2):
                 where = f"{path} line {line}"
@@ -698,19 +676,16 @@ def _nextqa(setting, root, seed):
                 name, group = f"{video}_{number}", NEXTQA_NAMES[int(group) - 1]
                 parts[split].append(Sample(name, video, question, (answer,), of, group))
     if not files:
-        raise InputError(f"{root} holds no val_CW.csv or the like; NExT-QA's open-ended CSV files, one per question "
-                         "type, go there")
+        raise InputError(f"{root} holds no val_CW.csv or the like; NExT-QA's open-ended CSV files go there")
     filled = [k for k in parts if parts[k]]
     if len(filled) < 3:
         everything = [s for k in filled for s in parts[k]]
-        cut = lambda lo, hi: [s for s in everything if lo <= _share(s.image, seed) < hi]
-        parts = {"train": cut(0, .7), "val": cut(.7, .8), "test": cut(.8, 1)}
+        parts = {k: [s for s in everything if _split(s.image, seed) == k] for k in parts}
     groups = [(f"G{i + 1} {g[0]}..", g) for i, g in enumerate(NEXTQA_GROUPS)]
     inner = [(f"G{i}", [NEXTQA_NAMES[n - 1] for n in ids]) for i, ids in enumerate(NEXTQA_SUBGROUPS)]
-    stream = partition(setting, parts, groups, NEXTQA_TYPES, inner, seed, outer="type")
+    stream = partition(setting, parts, groups, NEXTQA_TYPES, inner, seed, outer="type", root=root)
     if len(filled) < 3:
         stream.notes.append(f"only {' and '.join(filled)} files: divided 70/10/20 by video")
-    stream.extra["root"] = root
     return stream
 
 
@@ -725,15 +700,8 @@ def _jsonl(setting, path, root, seed):
 
     Tasks appear in the order of the file.  Without "split", pictures go 70/10/20, by the seed.
     """
-    root = root or path.parent
     parts, types, categories, known = {"train": [], "val": [], "test": []}, {}, {}, set()
-    try:
-        with open_text(path) as f:
-            lines = f.read().split("\n")                             # U+2028 in a string ends no line
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} cannot be read ({e}); --data takes a UTF-8 file of one JSON object a "
-                         "line") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):   # U+2028 in a string ends no line
         if not line.strip():
             continue
         where = f"{path} line {number}"
@@ -741,32 +709,28 @@ def _jsonl(setting, path, root, seed):
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise InputError(f"{where}: not JSON ({getattr(e, 'msg', e)}); one object a line") from None
-        texts = [str(field(row, k, (str, int, float) if k in ("question_type", "category") else str, where))
-                 for k in ("image", "question", "question_type", "category")]
-        key = "answers" if isinstance(row, dict) and "answers" in row else "answer"
+        image, question = (field(row, k, str, where) for k in ("image", "question"))
+        kind, category = (str(field(row, k, (str, int, float), where)) for k in ("question_type", "category"))
+        key = "answers" if "answers" in row else "answer"
         answers = field(row, key, (str, int, float, list), where)    # a word is one answer, not its letters
         answers = answers if isinstance(answers, list) else [answers]
         answers = [str(field({key: a}, key, (str, int, float), where)) for a in answers]
         name = field({"id": number, **row}, "id", (str, int), where)
-        sample = Sample(name, *texts[:2], tuple(answers), *texts[2:])
         if not answers:
             raise InputError(f"{where}: no answer")
         if name in known:
             raise InputError(f"{where}: id {name!r} was there before; ids are unique")
         known.add(name)
-        inside(root, sample.image, where)
-        share = _share(sample.image, seed)
-        split = row.get("split") or ("train" if share < .7 else "val" if share < .8 else "test")
+        inside(root, image, where)
+        split = row.get("split") or _split(image, seed)
         if not isinstance(split, str) or split not in parts:
             raise InputError(f"{where}: split is train, val or test, not {split!r}")
-        parts[split].append(sample)
-        types[sample.question_type] = categories[sample.category] = None
+        parts[split].append(Sample(name, image, question, tuple(answers), kind, category))
+        types[kind] = categories[category] = None
     if not types:
         raise InputError(f"{path} holds no question")
     single = lambda names: [(name, {name}) for name in names]
-    stream = partition(setting, parts, single(categories), types, single(types), seed)
-    stream.extra["root"] = root
-    return stream
+    return partition(setting, parts, single(categories), types, single(types), seed, root=root)
 
 
 def region_files(folder):
@@ -791,8 +755,7 @@ def region_files(folder):
             raise InputError(f"{where}: features {features.shape} and boxes {boxes.shape}; "
                              f"expected (n,{width or 'f'}) and (n,4)")
         if not (np.isfinite(features).all() and (abs(boxes - .5) <= .51).all()):        # rounding is no fault
-            raise InputError(f"{where} holds NaN or infinite numbers, or boxes outside [0,1]; "
-                             "extract it again")
+            raise InputError(f"{where} holds NaN, infinite numbers or boxes outside [0,1]; extract it again")
         width = features.shape[1]
         return features, boxes
     return load
@@ -804,8 +767,7 @@ def open_h5(path):
         import h5py
     except ImportError:
         raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is missing or no regular file; name it or its folder with --root or --features")
+    need_file(path, "name it or its folder with --root or --features")
     try:
         return h5py.File(path, "r")
     except OSError as e:
@@ -833,8 +795,7 @@ def _from_h5(h5, path, name):
 def _from_numpy(folder, name):
     where = next((p for p in (folder / f"{name}.npz", folder / f"{name}.npy") if p.exists()), None)
     if where is None:
-        raise InputError(f"{folder / name}.npz (or .npy) is missing; "
-                         "--features must hold every picture of the questions")
+        raise InputError(f"{folder / name}.npz (or .npy) is missing; --features must hold every picture")
     file = load_arrays(where, "features", "boxes")
     features = file[""] if "" in file else _take(file, where, "the file", "features")
     return where, features, file.get("boxes")
@@ -850,7 +811,7 @@ def _from_numpy(folder, name):
 MODALITIES = ("audio", "video", "text")
 
 
-@dataclass
+@dataclasses.dataclass
 class Utterances:
     """Some utterances with some modalities available: one split of one task of an affect stream.
 
@@ -881,7 +842,7 @@ MINI_AFFECT = {
     "lengths": {"audio": 4, "video": 4, "text": 6}, "dims": {"audio": 12, "video": 12, "text": 16},
     "train": 448, "val": 192, "test": 640, "upstream": 2000, "upstream_val": 300,          # utterances
     "signal": {"audio": 1.6, "video": 0.8, "text": 1.0},       # how much of the sentiment each modality shows
-    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},     # its spread, where it shows
+    "habit": 4.0, "shown": {"audio": 1.0, "video": 1.0, "text": 0.4},     # a speaker's habit: its spread, where it shows
     "noise": {"audio": 0.5, "video": 0.4, "text": 0.4},       # of the evidence, in units of sentiment (-3..3)
     "relation": 0.5,                                                 # correlation of audio's and text's noise
     "gain": 0.5, "token": 0.25}                                 # evidence in features; noise of every feature
@@ -953,20 +914,22 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
         features = {m: np.concatenate([up[m], own[m]]) for m in MODALITIES}
         label = np.concatenate([up_label, own_label])
         up_train, up_val, *splits = np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
-        scoring, version = ("classes" if classes else "mosi"), f"mini-affect {world['version']}"
+        version = f"mini-affect {world['version']}"
     else:
         if str(source).endswith(".npz"):
-            raw, scoring = _read_npz(Path(root or "", source), fold), None
-        elif source in _READERS:
+            raw = _read_npz(Path(root or "", source), fold)
+        elif source in _PICKLES:
             if not root:
-                raise InputError(f"--data {source} needs --root, the folder with {_READERS[source][1]}")
-            raw, scoring = _READERS[source][0](Path(root), source, fold), {"sims": "sims"}.get(source)
+                raise InputError(f"--data {source} needs --root, the folder of one of {_PICKLES[source]}"
+                                 + " or of A/ V/ L/ target/ (MMIN)" * (source == "iemocap"))
+            mmin = source == "iemocap" and (Path(root) / "A").is_dir()
+            raw = _read_iemocap(Path(root), fold) if mmin else _read_pickles(Path(root), source)
         else:
-            raise InputError(f"--data is mini, mini4, {', '.join(_READERS)} or a path to <file>.npz, not {source!r}")
+            raise InputError(f"--data is mini, mini4, {', '.join(_PICKLES)} or a path to <file>.npz, not {source!r}")
         features, label, splits = _join(raw, max_length, standardize, notes)
         up_train, up_val = splits[:2]                          # real data: no utterances besides the stream's
-        scoring = scoring or ("classes" if label.dtype.kind in "iu" else "mosi")
         version = Path(source).name
+    scoring = "sims" if source == "sims" else "classes" if label.dtype.kind == "i" else "mosi"
     extra = {"dims": {m: x.shape[2] for m, x in features.items()},
              "lengths": {m: x.shape[1] for m, x in features.items()},
              "outputs": int(label.max()) + 1 if scoring == "classes" else 1, "scoring": scoring, "version": version,
@@ -990,32 +953,30 @@ def _join(raw, max_length, standardize, notes):
     for m in MODALITIES:
         parts = []
         for split, part in raw.items():
-            where = part["where"]
-            x = numbers(part[m], f"{where}: {m} of {split}", (3, 2)).astype(np.float32)
+            what = f"{part['where']}: {m} of {split}"
+            x = numbers(part[m], what, (3, 2)).astype(np.float32)
             x = x[:, None] if x.ndim == 2 else x
             if not x.size and len(x):
-                raise InputError(f"{where}: {m} of {split} has shape {x.shape}: there is nothing in it")
+                raise InputError(f"{what} has shape {x.shape}: there is nothing in it")
             if len(x) != len(part["label"]):
-                raise InputError(f"{where}: {m} of {split} has {len(x)} rows, expected {len(part['label'])}, as labels")
-            expected = np.shape(first[m])[-1]
-            if x.shape[2] != expected:
-                raise InputError(f"{where}: {m} of {split} has dimension {x.shape[2]}, expected {expected} as in train")
+                raise InputError(f"{what} has {len(x)} rows, expected {len(part['label'])}, as labels")
+            if parts and x.shape[2] != parts[0].shape[2]:
+                raise InputError(f"{what} has dimension {x.shape[2]}, expected {parts[0].shape[2]} as train")
             bad = ~np.isfinite(x)
             if bad.any():
-                notes.append(f"warning: {where}: {m} of {split} has {int(bad.sum())} values -inf or NaN; set to 0")
-                x = np.where(bad, np.float32(0), x)
+                notes.append(f"warning: {what} has {int(bad.sum())} values -inf or NaN; set to 0")
+                x[bad] = 0
             parts.append(windows(x, max_length))
         longest = max(x.shape[1] for x in parts)
         features[m] = np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in parts])
         if standardize:
             features[m] = _standardized(features[m], len(first["label"]))
-    label = np.concatenate([np.asarray(part["label"]) for part in raw.values()])
-    if label.dtype.kind == "f" and not np.isfinite(label).all():
-        raise InputError(f"{first['where']}: {int((~np.isfinite(label)).sum())} labels are not numbers; drop those rows")
-    label = label.astype(np.int64 if label.dtype.kind in "iu" else np.float32)
-    if label.dtype.kind == "i" and label.size and label.min() < 0:
-        raise InputError(f"{first['where']}: class {label.min()} of a label; integers are classes, from 0, "
-                         "and scores are floats")
+    label = np.concatenate([part["label"] for part in raw.values()])
+    bad = ~np.isfinite(label)
+    if bad.any():
+        raise InputError(f"{first['where']}: {int(bad.sum())} labels are not numbers; drop those rows")
+    if label.dtype.kind == "i" and (label < 0).any():
+        raise InputError(f"{first['where']}: label {label.min()}; integers are classes from 0, floats scores")
     sizes = [len(part["label"]) for part in raw.values()]
     return features, label, np.split(np.arange(len(label)), np.cumsum(sizes)[:-1])
 
@@ -1044,24 +1005,42 @@ def windows(x, n):
     return np.add.reduceat(x, edges[:-1], axis=1) / np.diff(edges)[:, None].astype(np.float32)
 
 
+class _Dtype:
+    """A dtype in a pickle.  Of its state only the byte order is taken: the rest could point anywhere in memory."""
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(str(code))
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    def __setstate__(self, state):
+        shape, kind, fortran, values = state[-4:]
+        super().__setstate__((1, shape, kind.dtype, fortran, values))
+
+
+def _scalar(kind, value):
+    return np.frombuffer(value.encode("latin1") if isinstance(value, str) else value, kind.dtype)[0]
+
+
 class _SafeUnpickler(pickle.Unpickler):
     """Admits numpy arrays, numbers, strings and builtin containers.  Everything else a pickle could call is
-    refused."""
-    _core = getattr(np, "_core", None) or np.core                    # NumPy 2 renamed numpy.core
+    refused, and so is numpy's own constructor: it makes arrays of any address in memory."""
     _allowed = {("collections", "OrderedDict"): dict, ("_codecs", "encode"): lambda text, codec: text.encode(codec),
-                ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for _name in ("numpy.core", "numpy._core"):
-        _allowed[_name + ".multiarray", "_reconstruct"] = _core.multiarray._reconstruct
-        _allowed[_name + ".multiarray", "scalar"] = _core.multiarray.scalar
-        _allowed[_name + ".numeric", "_frombuffer"] = _core.numeric._frombuffer
-    for _type in (list, dict, set, frozenset, tuple, bytearray, complex, slice, range):
-        _allowed["builtins", _type.__name__] = _allowed["__builtin__", _type.__name__] = _type
+                ("numpy", "ndarray"): "a type that is named, never called", ("numpy", "dtype"): _Dtype,
+                ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(0),
+                ("numpy.core.multiarray", "scalar"): _scalar,
+                ("numpy.core.numeric", "_frombuffer"):
+                    lambda values, kind, shape, order: np.frombuffer(values, kind.dtype).reshape(shape, order=order)}
+    for _type in (list, dict, set, frozenset, tuple, bytes, bytearray, complex, slice, range):
+        _allowed["builtins", _type.__name__] = _type
 
     def find_class(self, module, name):
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            raise InputError(f"it asks for {module}.{name}, which is neither numpy nor a builtin container") from None
+        key = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name
+        if key not in self._allowed:
+            raise InputError(f"it asks for {module}.{name}, which is neither numpy nor a builtin container")
+        return self._allowed[key]
 
 
 def read_pickle(path):
@@ -1072,8 +1051,6 @@ def read_pickle(path):
             return _SafeUnpickler(f, encoding="latin1").load()       # latin1: arrays pickled by Python 2
     except InputError as e:
         raise InputError(f"{path} is refused: {e}; convert it to <file>.npz on a machine where you trust it") from None
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
     except Exception as e:
         raise InputError(f"{path} is not a complete pickle ({type(e).__name__}: {e}); download it again") from None
 
@@ -1094,68 +1071,62 @@ def numbers(x, where, dims, kinds="fiu"):
     except ValueError as e:                                          # rows of different lengths
         raise InputError(f"{where}: no array ({e})") from None
     if x.dtype.kind not in kinds or x.ndim not in dims:
-        raise InputError(f"{where} has type {x.dtype} and shape {x.shape}, expected numbers with {dims[0]} "
-                         "dimensions")
+        raise InputError(f"{where}: type {x.dtype}, shape {x.shape}; expected numbers, {dims[0]} dimensions")
     with np.errstate(over="ignore"):
         return x.astype(np.int64 if x.dtype.kind in "iu" else np.float32)
 
 
 def load_arrays(path, *keys):
     """{key: array} of those keys that an .npz has, or {"": array} of an .npy.  Raises InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path} does not exist or is no regular file")
+    need_file(path)
     try:
         with open(path, "rb") as f:
             file = np.load(f, allow_pickle=False)
             return {k: file[k] for k in keys if k in file} if hasattr(file, "files") else {"": file}
     except Exception as e:                             # numpy and zipfile raise many kinds for a damaged file
-        why = str(e).split("\n")[0]
-        raise InputError(f"{path} is not a readable file of plain arrays ({type(e).__name__}: {why})") from None
+        raise InputError(f"{path} is not a readable file of plain arrays ({type(e).__name__}: {e})") from None
 
 
-def _read_pickles(root, source, fold):
+_PICKLES = {"mosi": "mosi_data.pkl mosi_data_noalign.pkl aligned_50.pkl unaligned_50.pkl",   # MulT's, MMSA's
+            "mosei": "mosei_senti_data.pkl mosei_senti_data_noalign.pkl aligned_50.pkl unaligned_50.pkl",
+            "sims": "unaligned_39.pkl unaligned.pkl", "iemocap": "iemocap_data.pkl iemocap_data_noalign.pkl"}
+
+
+def _read_pickles(root, source):
     """MulT's and MMSA's pickles: {split: {text, audio, vision, labels (N,1,1) | regression_labels (N,)}}."""
-    names = {"mosi": ("mosi_data.pkl", "mosi_data_noalign.pkl"), "sims": ("unaligned_39.pkl", "unaligned.pkl"),
-             "mosei": ("mosei_senti_data.pkl", "mosei_senti_data_noalign.pkl"),
-             "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}[source]
-    names += ("aligned_50.pkl", "unaligned_50.pkl") if source in ("mosi", "mosei") else ()
+    names = _PICKLES[source].split()
     places = [root] if root.is_file() else [f for n in names for f in (root / n, root / "Processed" / n)]
-    found = [f for f in places if f.is_file()]
-    if not found:
-        raise InputError(f"{root} has none of {', '.join(names)} (nor Processed/ with one); "
-                         "--root may also be the file itself")
-    data, raw = read_pickle(found[0]), {}
+    path = next((f for f in places if f.is_file()), None)
+    if path is None:
+        raise InputError(f"{root} and its Processed/ hold none of {_PICKLES[source]}; --root may be the file")
+    data, raw = read_pickle(path), {}
     for split in ("train", "valid", "test"):
-        part = _take(data, found[0], "the file", split) if isinstance(data, dict) else {}
-        where = f"{found[0]}: labels of {split}"
-        label = numbers(_take(part, found[0], split, "regression_labels", "labels"), where, (3, 1, 2))
+        take = functools.partial(_take, _take(data, path, "the file", split), path, split)
+        where = f"{path}: labels of {split}"
+        label = numbers(take("regression_labels", "labels"), where, (3, 1, 2))
+        if not label.size:
+            raise InputError(f"{where}: there is none")
         if source == "iemocap":                                   # MulT: (N,4,2), one yes/no pair per emotion
-            if label.ndim != 3 or label.shape[1:] != (4, 2):
+            if label.shape[1:] != (4, 2):
                 raise InputError(f"{where} has shape {label.shape}, expected (N,4,2)")
-            label = label[:, :, 1].argmax(1).astype(np.int64)
+            label = label[:, :, 1].argmax(1)
         else:
-            if not label.size:
-                raise InputError(f"{where}: there is none")
             label = label.reshape(len(label), -1)[:, 0].astype(np.float32)
-        take = functools.partial(_take, part, found[0], split)
-        raw[split] = {"audio": take("audio"), "video": take("vision", "video"), "text": take("text"), "label": label,
-                      "where": found[0]}
+        raw[split] = {"audio": take("audio"), "video": take("vision", "video"), "text": take("text"),
+                      "label": label, "where": path}
     return raw
 
 
-def _read_iemocap(root, source, fold):
+def _read_iemocap(root, fold):
     """MMIN's IEMOCAP: A/comparE.h5, V/denseface.h5, L/bert_large.h5 keyed by utterance, target/<cv>/*_label.npy.
 
-    Needs h5py.  A folder without A/, or a file, is read as MulT's 4-class pickle.
+    Needs h5py.
     """
-    if not (root / "A").is_dir():
-        return _read_pickles(root, source, fold)
     files = {"audio": root / "A/comparE.h5", "video": root / "V/denseface.h5", "text": root / "L/bert_large.h5"}
     longest, raw, cv = {"audio": 350, "video": 50, "text": 22}, {}, str(fold + 1)
     for split, short in (("train", "trn"), ("valid", "val"), ("test", "tst")):
         labels, names = (root / "target" / cv / f"{short}_{k}.npy" for k in ("label", "int2name"))
-        if not labels.exists():
-            raise InputError(f"{labels} does not exist (--folds {fold} is cross-validation set {cv})")
+        need_file(labels, f"--folds {fold} is cross-validation set {cv}")
         keys, label = (np.asarray(load_arrays(path).get("")) for path in (names, labels))
         if keys.dtype.kind not in "SU" or not keys.size or label.ndim != 2 or label.shape[1] < 2:
             raise InputError(f"{names}: names of utterances are needed, and in {labels} one column per class")
@@ -1182,32 +1153,22 @@ def _read_npz(path, fold):
     if "split" not in data:
         which = numbers(which, f"{path}: fold", (1,), "iu")
     if which.shape != label.shape or not label.size:
-        raise InputError(f"{path}: split or fold has {which.size} entries, expected {len(label)}, one per "
-                         "label")
+        raise InputError(f"{path}: split or fold has {which.size} entries, expected {len(label)} as label")
     if "split" in data:
-        rows = {k: np.isin(which.astype(str), names) for k, names in
-                (("train", ("0", "train")), ("valid", ("1", "valid", "val")), ("test", ("2", "test")))}
-        if not (known := sum(rows.values())).all():
-            bad = str(which[known == 0][0])[:40]
-            raise InputError(f"{path}: split is 0 1 2 or train valid test, not {bad!r}")
+        number = {"0": 0, "train": 0, "1": 1, "valid": 1, "val": 1, "2": 2, "test": 2}
+        if bad := [x for x in which.astype(str) if x not in number]:
+            raise InputError(f"{path}: split is 0 1 2 or train valid test, not {bad[0][:40]!r}")
+        part = np.array([number[x] for x in which.astype(str)])
     else:
         folds = int(which.max()) + 1
         if folds < 3 or not 0 <= fold < folds:
             raise InputError(f"{path}: fold has {folds} folds; three or more are needed, --folds is of 0..{folds - 1}")
-        rows = {"train": (which != fold) & (which != (fold + 1) % folds) & (which >= 0),
-                "valid": which == (fold + 1) % folds, "test": which == fold}
+        part = np.select([which == fold, which == (fold + 1) % folds, which >= 0], [2, 1, 0], -1)
     for m in MODALITIES:
         if np.shape(_take(data, path, "the file", m))[:1] != label.shape:
-            raise InputError(f"{path}: {m} has shape {data[m].shape}, expected {len(label)} rows, one per "
-                             "label")
-    return {split: {**{m: data[m][keep] for m in MODALITIES}, "label": label[keep], "where": path}
-            for split, keep in rows.items()}
-
-
-_READERS = {"mosi": (_read_pickles, "mosi_data.pkl (MulT) or Processed/unaligned_50.pkl (MMSA)"),
-            "mosei": (_read_pickles, "mosei_senti_data.pkl (MulT) or Processed/unaligned_50.pkl (MMSA)"),
-            "sims": (_read_pickles, "Processed/unaligned_39.pkl (MMSA)"),
-            "iemocap": (_read_iemocap, "A/ V/ L/ target/ (MMIN) or iemocap_data.pkl (MulT)")}
+            raise InputError(f"{path}: {m} has shape {data[m].shape}, expected {len(label)} rows as label")
+    return {split: {**{m: data[m][part == i] for m in MODALITIES}, "label": label[part == i], "where": path}
+            for i, split in enumerate(("train", "valid", "test"))}
 
 
 def pattern_name(available):
@@ -1223,26 +1184,24 @@ def describe_affect():
     and of the weights fitted on complete modalities with the missing ones set to zero (what a model that
     knows no other case does).
     """
-    patterns = [frozenset(p) for p in (MODALITIES, ("audio", "video"), ("video", "text"), ("audio", "text"),
-                                       ("audio",), ("video",), ("text",))]
+    patterns = [{m for m in MODALITIES if pattern_name([m]) in name} for name in "avl av vl al a v l".split()]
     stream = affect_stream("mini", patterns)
     task, extra = stream.tasks[0], stream.extra
-    mean = {m: x.mean(1) for m, x in extra["features"].items()}
-    label = extra["label"][:, None]
+    x, y = extra["features"], extra["label"][:, None]
 
-    def table(rows, seen):
-        return np.concatenate([mean[m][rows] * (m in seen) for m in MODALITIES] + [np.ones((len(rows), 1))], 1)
-    fit = lambda seen: np.linalg.lstsq(table(task.train.rows, seen), label[task.train.rows], rcond=1e-4)[0]
+    def table(part, seen):
+        means = [x[m][part.rows].mean(1) * (m in seen) for m in MODALITIES]
+        return np.concatenate([*means, np.ones((len(part), 1))], 1)                            # (n,41)
 
-    def accuracy(weights, seen):
-        guess, truth = table(task.test.rows, seen) @ weights, label[task.test.rows]
-        return 100 * np.mean((guess > 0) == (truth > 0))
-    full = fit(MODALITIES)
-    lines = [f"{extra['version']}: " + ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
-             + f"; {len(task.train)} train, {len(task.val)} val, {len(task.test)} test per task", *stream.notes,
+    def accuracy(known, seen):
+        weights = np.linalg.lstsq(table(task.train, known), y[task.train.rows], rcond=1e-4)[0]
+        return 100 * np.mean((table(task.test, seen) @ weights > 0) == (y[task.test.rows] > 0))
+    sizes = ", ".join(f"{m} {extra['lengths'][m]}x{extra['dims'][m]}" for m in MODALITIES)
+    counts = f"{len(task.train)} train, {len(task.val)} val, {len(task.test)} test per task"
+    lines = [f"{extra['version']}: {sizes}; {counts}",
              "pattern   linear, fitted on it   fitted on all three modalities"]
-    return "\n".join(lines + [f"{t.name:<9} {accuracy(fit(t.test.available), t.test.available):20.1f}   "
-                              f"{accuracy(full, t.test.available):30.1f}" for t in stream.tasks])
+    return "\n".join(lines + [f"{pattern_name(p):<9} {accuracy(p, p):20.1f}   {accuracy(MODALITIES, p):30.1f}"
+                              for p in patterns])
 
 
 # ============================================================================== mini-CoIN and the CoIN layout
@@ -1253,16 +1212,16 @@ def describe_affect():
 #   image    a PIL picture, a path, or None (a question without a picture)
 #   text     the question, then the instruction of Table 7, as the model and the guidance read it
 #   answer   the answer to learn and to compare with; a box is "[x1, y1, x2, y2]", shares of the padded square
-#   kind     which rule of metrics.score_instruction applies; id, and where a source has them: answers, size
+#   kind     which rule of metrics.score_instruction applies
+#   and      of mini-CoIN key, the sample's name; of CoIN answers (the annotators') and pad (to a square)
 COIN = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "REC", "VQAv2", "OCRVQA")     # the paper's order
 LETTER = "Answer with the option's letter from the given choices directly."                          # Table 7
 WORD = "Answer the question using a single word or phrase."
 OBJECT = "What is the object in the image?"
-BOX = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+BOX = "Please provide the bounding box coordinate of the region this sentence describes: the {}."
 MINI_COIN = 1                                                        # the version of the world below; frozen
 
-_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "arrow", "house", "tree",
-           "key")
+_SHAPES = "circle square triangle star heart cross moon ring arrow house tree key".split()
 _COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
             "purple": (150, 50, 190), "black": (25, 25, 25)}
 _SIGNS = ("stop", "exit", "sale", "open", "taxi", "cafe", "bank", "farm")
@@ -1274,7 +1233,7 @@ _SIDE, _CELL = 48, 16                                             # a picture is
 
 
 def _outline(shape):
-    """Polygons of a shape in the unit square, and whether each is filled with the background (a hole)."""
+    """Polygons of a shape in the unit square, and which of them, by number, are holes in the background's colour."""
     arc = lambda x, y, r, a=0, b=360, n=14: [(x + r * math.cos(math.radians(a + (b - a) * i / n)),
                                               y + r * math.sin(math.radians(a + (b - a) * i / n))) for i in range(n + 1)]
     box = lambda x1, y1, x2, y2: [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
@@ -1299,8 +1258,8 @@ def _draw(draw, shape, colour, box, background):
                      fill=background if i in holes else colour)
 
 
-def _tint(name, rng, spread=12):
-    return tuple(int(min(255, max(0, c + rng.randint(-spread, spread)))) for c in _COLOURS[name])
+def _tint(name, rng):
+    return tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in _COLOURS[name])
 
 
 def _canvas(rng, paper=None):
@@ -1314,30 +1273,25 @@ def _object_picture(rng, kind="photo"):
     """One object.  kind: diagram (ruled white paper) or photo (tinted, speckled)."""
     image, draw, background = _canvas(rng, (255, 255, 255) if kind == "diagram" else None)
     if kind == "diagram":
+        shapes, colours = _OPTIONS["shape"], _OPTIONS["colour"]
         for y in range(6, _SIDE, 7):
             draw.line((0, y, _SIDE, y), fill=(200, 210, 235))
     else:
+        shapes, colours = _SHAPES, list(_COLOURS)
         for _ in range(40):
             spot = rng.randrange(_SIDE), rng.randrange(_SIDE)
             draw.point(spot, fill=tuple(rng.randint(120, 255) for _ in range(3)))
-    shapes, colours = _SHAPES, list(_COLOURS)
-    if kind == "diagram":
-        shapes, colours = _OPTIONS["shape"], _OPTIONS["colour"]
     shape, colour, size = rng.choice(shapes), rng.choice(colours), rng.randint(12, 14)
-    column, row = _place(rng)
+    column, row = rng.randrange(3), rng.randrange(3)
     x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (column, row))
     _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
-    return image, {"shape": shape, "colour": colour, "cell": (column, row)}
+    return image, {"shape": shape, "colour": colour, "seen": [(column, row, shape, colour, "")]}
 
 
 # A 3 x 5 font of our own (five rows a letter, three bits each), so that no Pillow version changes the world.
 _FONT = dict(zip("abcdefghijklmnopqrstuvwxyz", (
     "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 67555 25552 65644 25563 65655 34216 "
     "72222 55557 55552 55775 55255 55222 71247").split()))
-
-
-def _place(rng):
-    return rng.randrange(3), rng.randrange(3)
 
 
 def _write(draw, rng, word, column, row, fill):
@@ -1355,10 +1309,11 @@ def _ink(colour):
 def _sign_picture(rng):
     """A coloured board across the picture with one word."""
     image, draw, _ = _canvas(rng)
-    word, colour, (column, row) = rng.choice(_SIGNS), rng.choice(list(_COLOURS)), _place(rng)
+    word, colour = rng.choice(_SIGNS), rng.choice(list(_COLOURS))
+    column, row = rng.randrange(3), rng.randrange(3)
     draw.rectangle((0, _CELL * row, _SIDE, _CELL * (row + 1) - 1), fill=_tint(colour, rng))
     _write(draw, rng, word, column, row, _ink(colour))
-    return image, {"word": word, "colour": colour, "cell": (column, row)}
+    return image, {"word": word, "colour": colour, "seen": [(column, row, "", colour, word)]}
 
 
 def _cover_picture(rng):
@@ -1367,26 +1322,27 @@ def _cover_picture(rng):
     colour = rng.choice(list(_COLOURS))
     paper, ink = _tint(colour, rng), _ink(colour)
     draw.rectangle((0, 0, _SIDE, _SIDE), fill=paper)
-    facts = {"title": rng.choice(_TITLES), "author": rng.choice(_AUTHORS), "genre": rng.choice(list(_GENRES)),
-             "colour": colour, "columns": tuple(rng.randrange(3) for _ in range(3))}
-    for row, key in ((0, "title"), (2, "author")):
-        _write(draw, rng, facts[key], facts["columns"][row], row, ink)
-    x = _CELL * facts["columns"][1] + rng.randint(0, 2)
-    _draw(draw, _GENRES[facts["genre"]], ink, (x, 17, x + 13, 30), paper)
-    return image, facts
+    title, author, genre = rng.choice(_TITLES), rng.choice(_AUTHORS), rng.choice(list(_GENRES))
+    above, middle, below = (rng.randrange(3) for _ in range(3))                          # columns
+    _write(draw, rng, title, above, 0, ink)
+    _write(draw, rng, author, below, 2, ink)
+    x = _CELL * middle + rng.randint(0, 2)
+    _draw(draw, _GENRES[genre], ink, (x, 17, x + 13, 30), paper)
+    seen = [(above, 0, "", "", title), (middle, 1, _GENRES[genre], "", ""), (below, 2, "", "", author)]
+    return image, {"title": title, "author": author, "genre": genre, "colour": colour, "seen": seen}
 
 
 def _scene_picture(rng):
-    """Two to five objects in the cells.  facts["objects"]: (shape, colour, column, row)."""
+    """Two to five objects in the cells."""
     image, draw, background = _canvas(rng)
     few = rng.sample(_SHAPES[:10], 4)                     # some shapes repeat: questions ask about the others
-    objects = []
+    seen = []
     for cell in rng.sample(range(9), rng.randint(2, 5)):
         shape, colour, size = rng.choice(few), rng.choice(list(_COLOURS)), rng.randint(13, 14)
         x, y = (_CELL * k + rng.randint(0, _CELL - size) for k in (cell % 3, cell // 3))
         _draw(draw, shape, _tint(colour, rng), (x, y, x + size, y + size), background)
-        objects.append((shape, colour, cell % 3, cell // 3))
-    return image, {"objects": objects}
+        seen.append((cell % 3, cell // 3, shape, colour, ""))
+    return image, {"seen": seen}
 
 
 def _blur(image, rng):
@@ -1401,19 +1357,18 @@ def box_text(column, row):
     return "[" + ", ".join(f"{k / 3:.2f}" for k in (column, row, column + 1, row + 1)) + "]"
 
 
-def _scene_facts(objects):
-    """Every question a scene answers: (skill, argument, answer), shapes and colours in words."""
-    shapes = [o[0] for o in objects]
-    at = {(o[2], o[3]): o[0] for o in objects}
-    facts = {"colour": [], "count": [], "locate": [], **{side: [] for side in _SIDES}}
-    for shape, colour, column, row in objects:
+def _scene_facts(seen):
+    """Every question a scene answers: {skill: [(argument, answer)]}, shapes and colours in words."""
+    at = {(x, y): shape for x, y, shape, *_ in seen}
+    shapes = [*at.values()]
+    facts = {"colour": [], "count": [("", str(len(seen)))], "locate": [], **{side: [] for side in _SIDES}}
+    for column, row, shape, colour, _ in seen:
         if shapes.count(shape) == 1:
             facts["locate"].append((shape, box_text(column, row)))
             facts["colour"].append((shape, colour))
             for side, (dx, dy) in _SIDES.items():
                 if (column + dx, row + dy) in at:
                     facts[side].append((shape, at[column + dx, row + dy]))
-    facts["count"] = [("", str(len(objects)))]
     return facts
 
 
@@ -1459,47 +1414,32 @@ def mini_coin_sample(task, rng):
         return image, question, WORD, facts[key]
     if task == "OCRVQA":
         image, facts = _cover_picture(rng)
-        key, question = rng.choice((("title", "What is the title of this book?"),
-                                    ("author", "Who is the author of this book?"),
-                                    ("genre", "What is the genre of this book?")))
-        return image, question, WORD, facts[key]
+        key = rng.choice(("title", "author", "genre"))
+        return image, f"{'Who' if key == 'author' else 'What'} is the {key} of this book?", WORD, facts[key]
     while True:                                          # GQA, REC and VQAv2 share their pictures, as in CoIN
         image, facts = _scene_picture(rng)
-        facts = _scene_facts(facts["objects"])
+        facts = _scene_facts(facts["seen"])
         side, either = rng.choice(list(_SIDES)), rng.choice(("colour", "count"))
         skill = {"GQA": side, "REC": "locate", "VQAv2": either}[task]
         if facts[skill]:
             break
     argument, answer = rng.choice(facts[skill])
-    if task == "REC":
-        return image, BOX.format(f"the {argument}"), "", answer
-    if task == "VQAv2":
-        question = f"What is the colour of the {argument}?" if skill == "colour" else "How many things are there?"
-        return image, question, WORD, answer
-    side = {"left": "to the left of", "right": "to the right of"}.get(skill, skill)
-    return image, f"What is {side} the {argument}?", WORD, answer
+    question = {"colour": "What is the colour of the {}?", "count": "How many things are there?",
+                "left": "What is to the left of the {}?", "right": "What is to the right of the {}?",
+                "above": "What is above the {}?", "below": "What is below the {}?",
+                "locate": BOX}[skill].format(argument)
+    return image, question, "" if task == "REC" else WORD, answer
 
 
-def _labels(kind, facts):
+def _labels(seen):
     """What stands in each of the nine cells, for the eyes of the small backbone: nine rows of 8 words, ""
     where there is none.
 
     Shape, colour, where (its box), word written there, the shapes left, right, above and below."""
-    cells = [[""] * 8 for _ in range(9)]
-
-    def see(x, y, shape="", colour="", word="", around=("",) * 4):
+    cells, at = [[""] * 8 for _ in range(9)], {(x, y): shape for x, y, shape, *_ in seen}
+    for x, y, shape, colour, word in seen:
+        around = [at.get((x + dx, y + dy), "") if shape else "" for dx, dy in _SIDES.values()]
         cells[3 * y + x] = [shape, colour, box_text(x, y), word, *around]
-
-    if kind in ("diagram", "photo", "sign"):
-        see(*facts["cell"], **{k: facts[k] for k in ("shape", "colour", "word") if k in facts})
-    elif kind == "cover":
-        for row, key in enumerate(("title", "genre", "author")):
-            word = facts[key]
-            see(facts["columns"][row], row, **({"shape": _GENRES[word]} if key == "genre" else {"word": word}))
-    elif kind == "scene":
-        at = {(o[2], o[3]): o[0] for o in facts["objects"]}
-        for shape, colour, x, y in facts["objects"]:
-            see(x, y, shape, colour, around=[at.get((x + dx, y + dy), "") for dx, dy in _SIDES.values()])
     return cells
 
 
@@ -1512,30 +1452,26 @@ def mini_coin_upstream(rng):
     with.  cells: see _labels.
     """
     kind = rng.choice(("diagram", "photo", "sign", "sign", "cover", "text", "blur", *("scene",) * 6))
-    image, say, facts = None, [], {}
-    if kind in ("diagram", "photo"):
-        image, facts = _object_picture(rng, kind)
-        caption = f"a {kind} of a {facts['colour']} {facts['shape']}"
-        say = [("name", "", facts["shape"], "it shows a {}"), ("colour", "", facts["colour"], "the colour is {}"),
-               ("locate", "", box_text(*facts["cell"]), "it is at {}")]
-    elif kind == "sign":
-        image, facts = _sign_picture(rng)
-        caption = f"a {facts['colour']} sign with {facts['word']}"
-        say = [("read", "", facts["word"], "the text says {}"), ("colour", "", facts["colour"], "the colour is {}"),
-               ("locate", "", box_text(*facts["cell"]), "it is at {}")]
+    image, say, facts = None, [], {"seen": []}
+    if kind in ("diagram", "photo", "sign"):
+        image, facts = _sign_picture(rng) if kind == "sign" else _object_picture(rng, kind)
+        x, y, shape, colour, word = facts["seen"][0]
+        caption = f"a {colour} sign with {word}" if word else f"a {kind} of a {colour} {shape}"
+        say = [("read", "", word, "the text says {}") if word else ("name", "", shape, "it shows a {}"),
+               ("colour", "", colour, "the colour is {}"), ("locate", "", box_text(x, y), "it is at {}")]
     elif kind == "cover":
         image, facts = _cover_picture(rng)
         caption = f"a {facts['colour']} cover with {facts['title']} and {facts['author']} and {facts['genre']}"
         say = [(key, "", facts[key], f"the {key} is {{}}") for key in ("title", "author", "genre")]
     elif kind == "scene":
         image, facts = _scene_picture(rng)
-        caption = "a scene with " + " and ".join(f"a {o[1]} {o[0]}" for o in facts["objects"])
-        whole = {o[0]: f"the {o[0]} is {o[1]} at {box_text(*o[2:])}" for o in facts["objects"]}
+        caption = "a scene with " + " and ".join(f"a {o[3]} {o[2]}" for o in facts["seen"])
+        whole = {o[2]: f"the {o[2]} is {o[3]} at {box_text(*o[:2])}" for o in facts["seen"]}
         say = [(s, *fact, whole[fact[0]] if s in ("colour", "locate") else f"{s} the {fact[0]} is a {{}}" if fact[0] else
-                "there are {}") for s, all_facts in _scene_facts(facts["objects"]).items()
+                "there are {}") for s, all_facts in _scene_facts(facts["seen"]).items()
                for fact in rng.sample(all_facts, min(3 if s == "locate" else 2, len(all_facts)))]
     elif kind == "blur":
-        image, facts = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
+        image, _ = (_object_picture, _sign_picture)[rng.randrange(2)](rng)
         image, caption = _blur(image, rng), "a blurred picture"
         say = [(skill, "", "unanswerable", "it is {}") for skill in ("name", "colour", "read")]
     for fact in rng.sample(list(_FACTS), 2) if kind == "text" else []:
@@ -1546,7 +1482,7 @@ def mini_coin_upstream(rng):
         pool, options, letter = _options(facts[key])
         say.append(("choose", f"{pool} {options}", letter, "the choice is {}"))
     say = [(skill, text, answer, form.format(answer)) for skill, text, answer, form in say]
-    return image, say, caption, _labels(kind, facts)
+    return image, say, caption, _labels(facts["seen"])
 
 
 MINI_WORD = r"<image>|\[[^\]]*\]|[A-E]\.|\w+|[^\w\s]"          # one token of the small backbone; a box is one
@@ -1556,16 +1492,14 @@ MINI_WORD = r"<image>|\[[^\]]*\]|[A-E]\.|\w+|[^\w\s]"          # one token of th
 def mini_coin_words():
     """Every word of mini-CoIN and of its upstream mixture, in a fixed order: the vocabulary of the small
     backbone."""
-    rng, seen = random.Random("vocabulary"), {}
+    rng = random.Random("vocabulary")
     lines = [" ".join((*_SHAPES, *_COLOURS, *_SIGNS, *_TITLES, *_AUTHORS, *_GENRES, *map(str, range(10)))),
              " ".join(box_text(k % 3, k // 3) for k in range(9)), "A. B. C. D. E. A B C D E", " ".join(_FACTS)]
     for _ in range(1500):
         _, said, caption, _ = mini_coin_upstream(rng)
         lines += [caption, "short", *(" ".join(turn) for turn in said)]
     lines += [" ".join(mini_coin_sample(task, rng)[1:]) for task in COIN for _ in range(200)]
-    for line in lines:
-        seen.update(dict.fromkeys(re.findall(MINI_WORD, line)))
-    return tuple(sorted(seen))
+    return tuple(sorted({word for line in lines for word in re.findall(MINI_WORD, line)}))
 
 
 # the rule of metrics.score_instruction that scores each task
@@ -1580,9 +1514,8 @@ def _mini_coin(seed, sizes):
             rng, samples = random.Random(f"mini-CoIN {MINI_COIN} {seed} {task} {split}"), []
             for i in range(n):
                 image, question, instruction, answer = mini_coin_sample(task, rng)
-                name = f"{task}/{split}/{i}"
-                samples.append({"id": name, "key": name, "image": image, "answer": answer, "kind": _RULES[task],
-                                "text": f"{question}\n{instruction}" if instruction else question})
+                samples.append({"key": f"{task}/{split}/{i}", "image": image, "answer": answer,
+                                "kind": _RULES[task], "text": f"{question}\n{instruction}".rstrip()})
             splits.append(samples)
         tasks.append(Task(task, *splits))
     return Stream(tasks, [f"mini-CoIN version {MINI_COIN}, seed {seed}"], {"version": f"mini-CoIN {MINI_COIN}"})
@@ -1604,36 +1537,30 @@ def sample_picture(sample):
 def pad_square(image):
     """The picture in the middle of a square of its mean colour: CoIN's boxes are shares of this square."""
     from PIL import Image, ImageStat
-    w, h = image.size
-    if w == h:
-        return image
-    square = Image.new("RGB", (max(w, h),) * 2, tuple(int(c) for c in ImageStat.Stat(image).mean))
-    square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(c) for c in ImageStat.Stat(image).mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
 def picture_problem(path):
     """None if the file looks whole, else "missing", "truncated" or "not a picture".  Reads only the file's
     two ends."""
-    path = Path(path)
+    if not os.path.isfile(path):                                     # a folder, a pipe, or nothing
+        return "missing"
     try:
-        if not path.is_file():                                       # a folder, a pipe, or nothing
-            return "missing"
         with open(path, "rb") as f:
             head = f.read(16)
-            f.seek(max(0, path.stat().st_size - 1024))
+            f.seek(max(0, os.path.getsize(path) - 1024))
             tail = f.read()
     except OSError:
         return "missing"
-    if head[:2] == b"\xff\xd8":
-        return None if b"\xff\xd9" in tail else "truncated"
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return None if b"IEND" in tail else "truncated"
-    return None if head[:4] in (b"RIFF", b"GIF8") or head[:2] in (b"BM", b"II", b"MM") else "not a picture"
+    for start, end in ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND")):
+        if head.startswith(start):
+            return None if end in tail else "truncated"
+    return None if head.startswith((b"RIFF", b"GIF8", b"BM", b"II", b"MM")) else "not a picture"
 
 
-_COIN_FOLDERS = {"REC": "Grounding"}                         # CoIN's folder of a task, where the names differ
-_COIN_TEST = {"TextVQA": "val.json", "VizWiz": "val.json", "VQAv2": "val.json"}            # others: test.json
 COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,Grounding,VQAv2,OCRVQA}/"
              "{train,test}.json (val.json instead of test.json for TextVQA, VizWiz, VQAv2), from the dataset "
              "Zacks-Chen/CoIN; pictures below DIR at the paths the JSON files name")
@@ -1641,8 +1568,8 @@ COIN_TREE = ("DIR/Instructions_Original/{ScienceQA,TextVQA,ImageNet,GQA,VizWiz,G
 
 def parse_box(text):
     """Four numbers of "[x1, y1, x2, y2]" as floats, or None."""
-    numbers = re.findall(r"-?\d*\.?\d+", str(text))
-    return [float(x) for x in numbers[:4]] if len(numbers) >= 4 else None
+    found = re.findall(r"-?\d*\.?\d+", str(text))
+    return [float(x) for x in found[:4]] if len(found) >= 4 else None
 
 
 def _coin_file(path, task, root, count):
@@ -1659,23 +1586,19 @@ def _coin_file(path, task, root, count):
             text = field(row, "text", str, where)
             key = "answer_bbox" if "answer_bbox" in row else "answer"
             answer = field(row, key, (str, int, float, list), where)
-        name = next((row[k] for k in ("id", "question_id") if k in row), i)
-        name = field({"id": name}, "id", (str, int), where)
-        sample = {"id": name, "text": text.replace("<image>", "").strip(), "answer": str(answer).strip(),
+        several = row.get("answers") or []                           # ten annotators, where the file has them
+        # a word is one answer, not its letters
+        several = several if isinstance(several, list) else [several]
+        several = [a if isinstance(a, dict) else {"answer": a} for a in several]
+        sample = {"text": text.replace("<image>", "").strip(), "answer": str(answer).strip(),
+                  "answers": [field(a, "answer", str, where) for a in several],
                   "kind": _RULES[task], "image": None, "pad": True}
-        several = row.get("answers")                                 # ten annotators, where the file has them
-        if several:
-            # a word is one answer, not its letters
-            several = several if isinstance(several, list) else [several]
-            several = [a if isinstance(a, dict) else {"answer": a} for a in several]
-            sample["answers"] = [field(a, "answer", str, where) for a in several]
         if task == "REC" and parse_box(answer) is None:
             count["boxes that cannot be parsed, left out"] += 1
             continue
         if row.get("image"):
             sample["image"] = str(inside(root, field(row, "image", str, where), where))
-            problem = picture_problem(sample["image"])
-            if problem:
+            if problem := picture_problem(sample["image"]):
                 count[f"pictures {problem}, samples left out"] += 1
                 continue
         else:
@@ -1685,27 +1608,26 @@ def _coin_file(path, task, root, count):
 
 
 def _coin(root, seed, limit):
-    folder = Path(root) / "Instructions_Original"
+    folder = Path(root or "DIR") / "Instructions_Original"
     if not folder.is_dir():
-        raise InputError(f"{folder} is not there; CoIN is expected as {COIN_TREE}")
+        raise InputError(f"{folder} is not there; --data coin needs --root DIR, the folder of {COIN_TREE}")
     tasks, notes = [], []
     for task in COIN:
-        where = folder / _COIN_FOLDERS.get(task, task)
-        files = {"train": where / "train.json", "test": where / _COIN_TEST.get(task, "test.json")}
+        where = folder / ("Grounding" if task == "REC" else task)
+        test = "val.json" if task in ("TextVQA", "VizWiz", "VQAv2") else "test.json"
+        files = {"train": where / "train.json", "test": where / test}
         if not where.is_dir():
             notes.append(f"{task}: no folder {where}, task left out")
             continue
         splits = {}
         for split, path in files.items():
-            if not path.exists():
-                raise InputError(f"{path} is not there; CoIN is expected as {COIN_TREE}")
             count = Counter()
             samples = _coin_file(path, task, Path(root), count)
             if not samples:
                 raise InputError(f"{path}: no usable sample" + "".join(f"; {n} {what}" for what, n in count.items()))
             notes += [f"{task} {split}: {n} {what}" for what, n in sorted(count.items())]
-            order = random.Random(f"{seed} {task} {split}").sample(range(len(samples)), len(samples))
-            splits[split] = [samples[i] for i in (order[:limit] if limit else order)]
+            rng = random.Random(f"{seed} {task} {split}")
+            splits[split] = rng.sample(samples, len(samples))[:limit or None]
         n = len(splits["train"])                               # CoIN has no validation part: a share of train
         n_val = max(1, min(500, n // 10)) if n > 1 else 0
         tasks.append(Task(task, splits["train"][n_val:], splits["train"][:n_val], splits["test"]))
@@ -1725,8 +1647,6 @@ def instruction_stream(source="mini", root=None, seed=0, sizes=(240, 60, 100), l
     if source == "mini":
         return _mini_coin(seed, sizes)
     if source == "coin":
-        if root is None:
-            raise InputError(f"--data coin needs --root DIR; expected: {COIN_TREE}")
         return _coin(root, seed, limit)
     raise InputError(f"--data {source}: unknown; one of mini, coin")
 

@@ -2578,6 +2578,29 @@ def missing_pickle(path, label="labels", change=None, protocol=4):
     return content
 
 
+class _Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("evil", [
+    _Call(np.ndarray, ((1,), np.dtype("O"), b"A" * 8)),              # an object wherever the file says
+    _Call(np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0))])      # objects that deny that they are
+def test_a_pickle_cannot_make_an_array_of_any_address(tmp_path, evil):
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps({"train": {"audio": evil}}))
+    if evil.call[0] is np.ndarray:
+        with pytest.raises(InputError, match="evil.pkl"):
+            data.read_pickle(path)
+    else:                                                            # of a dtype's state the byte order alone is taken
+        assert data.read_pickle(path)["train"]["audio"].dtype.hasobject
+
+
 @pytest.mark.parametrize("source,file,label,protocol", [
     ("mosi", "mosi_data.pkl", "labels", 2), ("mosei", "mosei_senti_data.pkl", "labels", 4),
     ("mosi", "Processed/unaligned_50.pkl", "regression_labels", 4), ("sims", "Processed/unaligned_39.pkl", "regression_labels", 5)])
