@@ -182,8 +182,8 @@ def vqa_stream(setting, source, root=".", seed=0, **more):
     """A Stream of Samples for DI, CI or QI.
 
     source: "mini" | "vqav2" | "nextqa" | a path to .jsonl.  root: the folder with the files (for .jsonl: with
-    the pictures, default its own folder).  more: passed to the reader.  Raises InputError for anything
-    missing, broken or empty.
+    the pictures, default its own folder).  more: sizes, for mini.  Raises InputError for anything missing,
+    broken or empty.
     """
     if source == "mini":
         return mini_vqa(setting, seed, **more)
@@ -920,7 +920,7 @@ def affect_stream(source, patterns, root=None, samples="shared", fold=0, seed=0,
             raw = _read_npz(Path(root or "", source), fold)
         elif source in _PICKLES:
             if not root:
-                raise InputError(f"--data {source} needs --root, the folder of one of {_PICKLES[source]}"
+                raise InputError(f"--data {source} needs --root, the folder (or the one above Processed/) of one of {_PICKLES[source]}"
                                  + " or of A/ V/ L/ target/ (MMIN)" * (source == "iemocap"))
             mmin = source == "iemocap" and (Path(root) / "A").is_dir()
             raw = _read_iemocap(Path(root), fold) if mmin else _read_pickles(Path(root), source)
@@ -1021,14 +1021,19 @@ class _Array(np.ndarray):
 
 
 def _scalar(kind, value):
-    return np.frombuffer(value.encode("latin1") if isinstance(value, str) else value, kind.dtype)[0]
+    value = value.encode("latin1") if isinstance(value, str) else value
+    return np.frombuffer(value, kind.dtype)[0] if value else kind.dtype.type()       # "" has no bytes
+
+
+def _at_any_address(*_):
+    raise InputError("it asks numpy for an array at an address of its own")
 
 
 class _SafeUnpickler(pickle.Unpickler):
     """Admits numpy arrays, numbers, strings and builtin containers.  Everything else a pickle could call is
     refused, and so is numpy's own constructor: it makes arrays of any address in memory."""
     _allowed = {("collections", "OrderedDict"): dict, ("_codecs", "encode"): lambda text, codec: text.encode(codec),
-                ("numpy", "ndarray"): "a type that is named, never called", ("numpy", "dtype"): _Dtype,
+                ("numpy", "ndarray"): _at_any_address, ("numpy", "dtype"): _Dtype,
                 ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(0),
                 ("numpy.core.multiarray", "scalar"): _scalar,
                 ("numpy.core.numeric", "_frombuffer"):
@@ -1046,6 +1051,7 @@ class _SafeUnpickler(pickle.Unpickler):
 def read_pickle(path):
     """The content of a pickle of numpy arrays and builtin containers.  Raises InputError if it holds anything
     else: a pickle from elsewhere can run any program when it is read the usual way."""
+    need_file(path)
     try:
         with open(path, "rb") as f:
             return _SafeUnpickler(f, encoding="latin1").load()       # latin1: arrays pickled by Python 2
@@ -1608,9 +1614,11 @@ def _coin_file(path, task, root, count):
 
 
 def _coin(root, seed, limit):
-    folder = Path(root or "DIR") / "Instructions_Original"
+    if root is None:
+        raise InputError(f"--data coin needs --root DIR; expected: {COIN_TREE}")
+    folder = Path(root) / "Instructions_Original"
     if not folder.is_dir():
-        raise InputError(f"{folder} is not there; --data coin needs --root DIR, the folder of {COIN_TREE}")
+        raise InputError(f"{folder} is not there; expected: {COIN_TREE}")
     tasks, notes = [], []
     for task in COIN:
         where = folder / ("Grounding" if task == "REC" else task)

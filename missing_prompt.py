@@ -388,7 +388,8 @@ def make_backbone(args, stream):
 
 def load_backbone(args, stream):
     """The backbone, trained on complete modalities: the shipped one, or one from the cache, or made now."""
-    with torch.random.fork_rng():                       # its start and training leave the run's numbers alone
+    gpus = [torch.device(args.device)] if args.device.startswith("cuda") else []
+    with torch.random.fork_rng(gpus):                   # its start and training leave the run's numbers alone
         torch.manual_seed(args.backbone_seed)
         net = make_backbone(args, stream)
         if is_shipped(args):
@@ -464,7 +465,7 @@ class Method(nn.Module):
         super().__init__()
         self.net, self.store = net, store
         self.weight = self.weight if args.weight is None else args.weight
-        self.register_buffer("tasks", torch.zeros((), dtype=torch.long))     # learned so far
+        self.register_buffer("tasks", torch.zeros((), dtype=torch.long))     # learned (not counted by EWC, iCaRL)
         if self.frozen:
             net.requires_grad_(False).eval()
             store.project(net)
@@ -1404,7 +1405,7 @@ def is_shipped(args):
 
 
 def affect_config(args):
-    """What may differ between the trainings of two small backbones."""
+    """What decides a small backbone, besides the code here."""
     return [{k: getattr(args, k) for k in SHIPPED}, PRE_CLIP, data.MINI_AFFECT, args.backbone_seed]
 
 
