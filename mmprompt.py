@@ -422,7 +422,7 @@ class VQABackbone(nn.Module):
         self.t5, self.tokenizer, self.visual, self.width = t5, tokenizer, visual, t5.config.d_model
         self.pictures, self.prefix = pictures, prefix
         self.max_question, self.max_answer = max_question, max_answer
-        self.known = {}                                  # limit -> {text: its tokens}: each text is split once
+        self.known = {}                              # limit -> {text: its tokens}: each text is split once
         self.eval().requires_grad_(False)                  # dropout off too: the backbone is a fixed function
 
     def tokens(self, texts, limit):
@@ -431,7 +431,7 @@ class VQABackbone(nn.Module):
         new = [text for text in {*texts} if text not in known]
         if new:
             ids = self.tokenizer(new, truncation=True, max_length=limit)["input_ids"]
-            known.update(zip(new, (np.array(row, np.int32) for row in ids)))     # a quarter of a tensor's memory
+            known.update(zip(new, (np.array(row, np.int32) for row in ids)))  # a quarter of a tensor's memory
         rows = [torch.from_numpy(known[text]).long() for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
@@ -742,7 +742,7 @@ class DualPrompt(Method):
             if self.training:
                 start = metrics.summed(q.detach().mean(0)) / metrics.PROCESSES
                 keys.data[t] = torch.where(keys[t].any(), keys[t], start)
-            s = cosines(q.detach(), keys)                            # (B,T); keys move, eyes that learn do not
+            s = cosines(q.detach(), keys)                        # (B,T); keys move, eyes that learn do not
             pull = pull + (1 - s[:, t]).mean()
             # training knows its task, test does not: there the nearest key of the tasks so far decides
             best = torch.full_like(s[:, 0], t, dtype=torch.long) if self.training else s[:, :t + 1].argmax(-1)
@@ -1157,7 +1157,7 @@ PAPER_1 = {                                                          # Table 1: 
     "l2p-one-pool": ((33.428, 4.150), (13.853, 23.651), (31.343, 2.201)),
     "dualprompt": ((36.063, 4.449), (14.146, 23.518), (33.601, 2.660)),
     "coda": ((37.102, 4.527), (15.438, 22.561), (35.138, 0.902)),
-    "triplet": ((37.102, 4.527), (14.382, 22.697), (32.826, 1.134)),        # CI: the paper prints CODA-Prompt's again
+    "triplet": ((37.102, 4.527), (14.382, 22.697), (32.826, 1.134)),  # CI: CODA-Prompt's, as printed
     "clumo": ((36.462, 4.039), (13.208, 25.016), (35.079, 1.580)),
     "maple": ((37.450, 4.606), (15.371, 22.164), (35.187, 1.054)),
     "mmprompt": ((39.240, 3.748), (16.757, 21.546), (36.223, 0.447))}
