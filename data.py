@@ -653,7 +653,8 @@ def _nextqa(setting, root, seed):
     """NExT-QA's open-ended questions from {train,val,test}_{CW,TN,...}.csv below `root`.  sample.image = the
     video's id.
 
-    Unless all three splits are there, all files are divided 70/10/20 by video.  DI: types outside, five object groups inside.
+    Unless all three splits are there, all files are divided 70/10/20 by video.  DI: types outside, five object
+    groups inside.
     """
     parts, files = {"train": [], "val": [], "test": []}, 0
     for split in parts:

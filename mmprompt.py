@@ -574,8 +574,8 @@ def grid_features(name, root, images, device, cells=6):
 
 
 def kept_features(what, model, root, images, look, average, boxes):
-    """Every picture is looked at once, before training; what was seen lies in the cache."""
-    paths = {image: data.inside(root, image) for image in images}
+    """Every picture is looked at once, before training, in the order given; what was seen lies in the cache."""
+    paths = {image: data.inside(root, image) for image in dict.fromkeys(images)}
     keys = {image: metrics.file_key(path) for image, path in paths.items()}
     code = [inspect.getsource(f) for f in (look, average, data.region_pixels)]
     made_of = [what, model, code, boxes.tolist(), data.REGION_PIXELS]
@@ -611,8 +611,7 @@ def load_backbone(args, stream):
             t5 = type(t5)(t5.config)
         if not args.features and not args.vision:
             raise InputError("--backbone needs eyes: --vision (a CLIP, SigLIP or DINOv2 id or folder) or --features")
-    # each picture once, in the order of the stream
-    images = dict.fromkeys(s.image for task in stream.tasks for s in (*task.train, *task.val, *task.test))
+    images = (s.image for task in stream.tasks for s in (*task.train, *task.val, *task.test))
     if args.features:
         pictures, visual = file_regions(args.features), None
     elif built_in:
