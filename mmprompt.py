@@ -485,11 +485,11 @@ class VQABackbone(nn.Module):
                 h = block(h, position_bias=bias)[0]                                              # (B,N,D)
                 continue
             longer, longer_mask, longer_bias = self.inject(h, mask, Nq, place[i])
-            longer = block(longer, position_bias=longer_bias)[0]                                 # (B,N+P,D)
             if method.keep:                                          # prompts stay in the sequence...
-                h, mask, bias = longer, longer_mask, longer_bias
+                h = block(longer, position_bias=longer_bias)[0]                                  # (B,N+P,D)
+                mask, bias = longer_mask, longer_bias
             else:                                                  # ...or are dropped again after their block
-                h = longer[:, :h.shape[1]]
+                h = self.look_once(block, h, longer, longer_bias)                                # (B,N,D)
         return self.t5.encoder.final_layer_norm(h), mask, out                                 # dropout is off
 
     def inject(self, h, mask, Nq, prompts):
@@ -498,6 +498,19 @@ class VQABackbone(nn.Module):
         longer = torch.cat([h, prompts.to(h.dtype)], 1)                                          # (B,N+P,D)
         mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
         return longer, mask, self.position_bias(Nq, mask, h.dtype)                             # (B,H,N+P,N+P)
+
+    @staticmethod
+    def look_once(block, h, longer, bias):
+        """What `block` makes of the first N of `longer`: block(longer)[:, :N].  What it would make of the
+        prompts is dropped, so they are keys and values alone, and cost a sixth.  h (B,N,D) -> (B,N,D)"""
+        attend, feed_forward = block.layer
+        x, N = attend.layer_norm(longer), h.shape[1]                                             # (B,N+P,D)
+        looked = attend.SelfAttention(x[:, :N], key_value_states=x, position_bias=bias[:, :, :N])[0]
+        return feed_forward(h + looked)                                                          # dropout is off
+
+    def parts(self):
+        """Attention and feed-forward of each encoder block, for --compile."""
+        return [part for block in self.t5.encoder.block for part in (block.layer[0].SelfAttention, block.layer[1])]
 
     def loss(self, hidden, mask, batch):
         """Cross-entropy of the answers' tokens, L_CE of Eq. 11.  hidden (B,N,D), batch: of read() -> ()"""
@@ -1037,7 +1050,7 @@ def run(args, folder):
     backbone = load_backbone(args, stream)
     torch.manual_seed(args.seed)
     method = build_method(args, backbone, stream).to(args.device)
-    metrics.compiled(args, [*backbone.t5.encoder.block, method])
+    metrics.compiled(args, [*backbone.parts(), method])
     run = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet,
                       args.checkpoint_minutes)
     count = announce(args, stream, backbone, method, run)
@@ -1266,7 +1279,7 @@ def bench(args):
     mm = MMPrompt(D, length=args.length).to(args.device).eval()
     dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
-    metrics.compiled(args, [*backbone.t5.encoder.block, mm])
+    metrics.compiled(args, [*backbone.parts(), mm])
     pools = {name: len(pool.keys) for name, pool in mm.pools.items()}
     more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, pools, mm.layers, args.length)}
     jobs = {"frozen encoder, no prompts": lambda: backbone.encode(*x),

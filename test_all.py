@@ -771,20 +771,20 @@ def test_mmprompt_prompts_enter_where_the_call_path_says(monkeypatch):
         owner, _, method = name.rpartition(".")
         assert callable(getattr(getattr(mmprompt, owner) if owner else mmprompt, method)), name
     model, method, entered = tiny_model(), made(arguments("mmprompt"), 2).eval(), []
-    inject, forward = mmprompt.VQABackbone.inject, [block.forward for block in model.t5.encoder.block]
+    inject, seen_at = mmprompt.VQABackbone.inject, []
     assert "torch.cat([h, prompts" in (HERE / "mmprompt.py").read_text()
 
     def seen(self, h, mask, Nq, prompts):
         entered.append(prompts)
         return inject(self, h, mask, Nq, prompts)
-    lengths = []
-    for block, real in zip(model.t5.encoder.block, forward):
-        monkeypatch.setattr(block, "forward", lambda h, real=real, **more: (lengths.append(h.shape[1]), real(h, **more))[1])
+    for block in model.t5.encoder.block:                             # tokens that look, tokens that are looked at
+        block.layer[0].SelfAttention.register_forward_pre_hook(with_kwargs=True, hook=lambda part, own, more: seen_at.append(
+            (own[0].shape[1], more.get("key_value_states", own[0]).shape[1])))
     monkeypatch.setattr(mmprompt.VQABackbone, "inject", seen)
     x = model.embed(model.read(asked()))
     hidden, _, out = model.encode(*x, method)
     N = hidden.shape[1]
-    assert lengths == [N, *[N + 8] * 5]                              # blocks 1-5, in and out again
+    assert seen_at == [(N, N), *[(N, N + 8)] * 5]                    # blocks 1-5, in and out again
     assert all(p is out.prompts[G] for p, G in zip(entered, "GGEEE")) and len(entered) == 5
 
 
