@@ -1287,11 +1287,12 @@ SMOKE_WORLD = {"train": 64, "val": 64, "test": 96, "upstream": 256, "upstream_va
 
 
 def bench(args):
-    """Step time, memory kept for the backward pass, and parameters, against the frozen backbone."""
+    """Step time, memory kept for the backward pass, and parameters, against the frozen backbone.  In training
+    S-Prompts is one plain prompt in three layers: the floor of any prompt method."""
     stream = load_stream(args)
     rows, _ = utterances(stream.tasks[:1], "train", args.device)
     rows, t, methods = rows[:args.batch], number(stream.tasks[0]), {}
-    for name in ("none", args.method, "finetune"):
+    for name in dict.fromkeys(("none", args.method, "sprompts", "finetune")):
         args.method = name
         methods[name] = build_method(args, make_backbone(args, stream), stream).train()
 
