@@ -27,6 +27,7 @@ Call path main                          reads the flags, one run a seed
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import random
 import shutil
@@ -612,6 +613,8 @@ def load_backbone(args, stream):
     root, built_in, small = stream.extra.get("root"), args.data == "mini", args.backbone == "mini"
     if built_in and not small:
         raise InputError("--data mini is for the small backbone; with --backbone give your own --data")
+    if small and args.vision:
+        raise InputError("--vision goes with --backbone; the small backbone has eyes of its own")
     visual = None
     if small:
         texts = [] if built_in else [x for t in stream.tasks for s in t.train for x in (s.question, *s.answers)]
@@ -971,30 +974,35 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
     def read(i):
         batch = order[i:i + args.batch] + rng.sample(memory, min(args.batch, len(memory)))
         answers = [draw_answer(rng, s.answers) for s in batch]
-        rows, weight = metrics.mine([*range(len(batch))])
         words = backbone.tokens(answers, backbone.max_answer)[1].sum(1)
-        # this process's part of all answer tokens, and of all samples
-        parts = weight and float(words[rows].sum() / words.sum()), weight
-        return backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), parts
+        few, parts = math.ceil(len(batch) / args.accum), []           # --accum parts a batch, the same gradient
+        for chunk in (range(len(batch))[j:j + few] for j in range(0, len(batch), few)):
+            rows, weight = metrics.mine(chunk)
+            # this part of all answer tokens, and of all samples
+            shares = weight and float(words[[*rows]].sum() / words.sum()), weight * (len(chunk) / len(batch))
+            parts.append((backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), shares))
+        return parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
-    for step, (batch, parts) in enumerate(metrics.ahead(read, bar)):
-        with precision(args):
-            hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
-            ce = backbone.loss(hidden, mask, batch)
-        losses = {k: parts[1] * value for k, value in out.losses.items()}
-        loss = total_loss(parts[0] * ce, losses, method.weights)                                 # Eq. 11
-        value = metrics.summed(loss.detach()).item()
+    for step, parts in enumerate(metrics.ahead(read, bar)):
+        whole = torch.zeros((), device=backbone.t5.device)
+        for batch, (of_words, of_samples) in parts:
+            with precision(args):
+                hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
+                ce = backbone.loss(hidden, mask, batch)
+            losses = {k: of_samples * value for k, value in out.losses.items()}
+            loss = total_loss(of_words * ce, losses, method.weights)                             # Eq. 11
+            loss.backward()
+            whole += loss.detach()
+        value = metrics.summed(whole).item()
         run.check(value, step)
         if getattr(method, "schedule", "constant") == "linear":      # to zero, over the epochs of the task
             for group in optimizer.param_groups:
                 first = group.setdefault("first_lr", group["lr"])
                 group["lr"] = first * (1 - epoch / args.epochs - 1 / args.epochs * step / len(bar))
-        (loss / args.accum).backward()
-        if (step + 1) % args.accum == 0 or step + 1 == len(bar):
-            metrics.sum_gradients(parameters)
-            nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+        metrics.sum_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
         total += value
         bar.set_postfix_str(f"loss {total / (step + 1):.3f}")
     return total / max(len(bar), 1)
@@ -1390,7 +1398,7 @@ def parse_args(argv=None):
     g.add_argument("--use-inter", default=True, action=YES_NO, help="inter recovery (Eq. 7-10)")
     g.add_argument("--memory", type=natural, default=0, help="replay samples in all (Table 3)")
     g = p.add_argument_group("training of MM-Prompt")
-    g.add_argument("--accum", type=positive, default=1, help="batches per optimiser step")
+    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, the gradient stays")
     g.add_argument("--lr-query", type=above_zero, help="of Eq. 1")
     g.add_argument("--lr-attention", type=above_zero, help="of recovery; of compared methods, beside prompts")
     g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
