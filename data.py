@@ -1,7 +1,7 @@
 """Streams of tasks: the built-in worlds (mini-VQA, mini-CoIN, mini-affect) and the readers of real data.
 
 A Stream is a list of Tasks that arrive one after the other; a Task holds train, val and test samples and, in
-double increment, its subtasks.  Nothing here needs torch, a GPU or the network.
+dual increment, its subtasks.  Nothing here needs torch, a GPU or the network.
 """
 import argparse
 import csv
@@ -624,7 +624,7 @@ def _coco_categories(root, years):
 
 
 # ======================================================================================== NExT-QA, open-ended
-# One CSV file per question type, as published.  Here double increment is turned round: types outside, groups
+# One CSV file per question type, as published.  Here dual increment is turned round: types outside, groups
 # inside.
 NEXTQA_TYPES = "CW TN TC DL DB DC DO".split()                  # Table 8; CH is in the files but in no setting
 NEXTQA_NAMES = (  # bigCate 1..80

@@ -1191,8 +1191,15 @@ FREE = {"out", "resume", "checkpoint_minutes", "quiet", "seeds", "folds", "devic
         "pretrain", "compile"}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """Shows defaults where there are any, and says what is wrong in one line."""
+    """Says what is wrong in one line."""
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
@@ -1204,7 +1211,7 @@ def shared_flags(description, methods, tables, data_help, backbone_help, **defau
     methods, tables: their names, the paper's first.  defaults: of a script, such as
     epochs=5; None where it depends on other flags.
     """
-    p = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=description, formatter_class=Help)
     g = p.add_argument_group("what to run")
     g.add_argument("--method", default=[*methods][0], choices=[*methods],
                    help="the paper's; bounds (none: frozen, finetune, joint); compared methods")
@@ -1226,14 +1233,14 @@ def shared_flags(description, methods, tables, data_help, backbone_help, **defau
     g.add_argument("--backbone-seed", type=natural, help="which of the small backbones; default: the run's seed modulo "
                    f"{SHIPPED}, so that ± holds the backbone's spread too")
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=positive, help="per task")
-    g.add_argument("--batch", type=positive, help="samples a step")
+    g.add_argument("--epochs", type=positive, help="per task, or per subtask where a task has some")
+    g.add_argument("--batch", type=positive, help="samples a step; a replay buffer adds as many old ones")
     g.add_argument("--eval-batch", type=positive, default=200, help="samples at a time when answering")
     g.add_argument("--lr", type=above_zero, help="learning rate of prompts and keys; default: the method's own")
     g.add_argument("--grad-clip", type=above_zero, default=1.0, help="largest gradient norm")
     g.add_argument("--split", default="test", choices=["test", "val"], help="what is scored; val is to choose settings on")
     g.add_argument("--device", help="cuda, cuda:<n>, mps or cpu; default: the first there is")
-    g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen model; prompts stay fp32")
+    g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what the frozen model computes in; prompts stay fp32")
     g.add_argument("--compile", default=False, action=YES_NO, help="torch.compile: minutes at the start, then faster steps")
     p.set_defaults(**defaults)
     return p

@@ -22,6 +22,7 @@ Call path main                          reads the flags, one run a seed
                   VQABackbone.encode    asks the method for prompts, then runs the encoder block by block
                     MMPrompt.forward    Eq. 1-10: CrossModalQuery, PromptPool, CrossModalRecovery -> Prompts
                     VQABackbone.inject  torch.cat([h, prompts]): HERE THE PROMPTS ENTER, for their block
+                    VQABackbone.look_once   that block, for the tokens alone: they look at the prompts
                   VQABackbone.loss      the frozen decoder reads the encoder's output: L_CE
 """
 import dataclasses
@@ -55,8 +56,8 @@ from metrics import YES_NO, above_zero, check_shared, natural, positive, share, 
 OTHER = {"Q": "V", "V": "Q"}                                         # M -> M'
 # The outputs of attention modules start small, so that queries and prompts start almost unchanged.
 START = 0.03
-# Of a prompt's numbers at its start.  Against the rate it says how fast a prompt turns; against the outputs
-# of the attention modules, how much recovery changes it.
+# Standard deviation of a prompt's numbers at its start.  Against the rate it says how fast a prompt turns;
+# against the outputs of the attention modules, how much recovery changes it.
 SPREAD = 0.2
 
 
@@ -89,8 +90,8 @@ class Attention(nn.MultiheadAttention):
             self.out_proj.weight.mul_(start)
 
     def forward(self, query, key, value, mask=None):
-        # Where to look must not depend on how long the vectors are: tokens of length 0.2 would all get the
-        # same weight.  Values keep their length, so what is added has the size of what is looked at.
+        # Where to look must not depend on how long the vectors are: tokens with numbers around 0.2 would all
+        # get the same weight.  Values keep their length, so what is added has the size of what is looked at.
         query, key = (F.layer_norm(x, x.shape[-1:]) for x in (query, key))
         hidden = None if mask is None else ~mask                     # torch marks what must not be seen
         return super().forward(query, key, value, key_padding_mask=hidden, need_weights=False)[0]
@@ -118,7 +119,8 @@ class CrossModalQuery(nn.Module):
 
     forward(F_q (B,Nq,D), F_v (B,Nv,D), q_mask (B,Nq), v_mask (B,Nv)) -> {"Q": (B,D), "V": (B,D)}
     fusion: "query" is the paper's; "none" leaves the modalities apart; the rest are Table 12's alternatives.
-    Bring tokens of both to one length first: longer ones would decide both queries.
+    Divide the tokens of both by their root mean square first (F.rms_norm), as VQABackbone.encode does: else
+    the modality with the larger numbers would decide both queries.
     Uses OTHER, masked_mean, Attention and START of this section.
     """
 
@@ -259,7 +261,7 @@ class CrossModalRecovery(nn.Module):
         return {M: self.intra[M](p_hat[M]) + light[M] for M in "QV"}                             # 2 x (B,L,D)
 
     def intra_loss(self, p_hat, p):
-        """How far what was filled in is from what was hidden, ()."""
+        """How far p_intra is from p~, over all tokens, hidden or not, ()."""
         # What was recovered must be what was hidden, and W_res must stay a rotation.  The recovery learns this,
         # from prompts that are constants on both sides.  With a gradient on the left alone a prompt would move
         # against what the recovery adds to it, step after step, since the right side moves along.
@@ -503,7 +505,8 @@ class VQABackbone(nn.Module):
     @staticmethod
     def look_once(block, h, longer, bias):
         """What `block` makes of the first N of `longer`: block(longer)[:, :N].  What it would make of the
-        prompts is dropped, so they are keys and values alone, and cost a sixth.  h (B,N,D) -> (B,N,D)"""
+        prompts is dropped, so they are keys and values alone, and cost a sixth of a token.  h (B,N,D) -> (B,N,D)
+        """
         attend, feed_forward = block.layer
         x, N = attend.layer_norm(longer), h.shape[1]                                             # (B,N+P,D)
         looked = attend.SelfAttention(x[:, :N], key_value_states=x, position_bias=bias[:, :, :N])[0]
@@ -679,7 +682,7 @@ class Method(nn.Module):
 
 
 class Frozen(Method):
-    """The backbone as it was pre-trained: no prompts, nothing learns.  The lower bound."""
+    """The backbone as it was pre-trained: no prompts, nothing learns."""
     one_stage = True
 
     def forward(self, F_q, F_v, q_mask, v_mask):
@@ -975,11 +978,11 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
         batch = order[i:i + args.batch] + rng.sample(memory, min(args.batch, len(memory)))
         answers = [draw_answer(rng, s.answers) for s in batch]
         words = backbone.tokens(answers, backbone.max_answer)[1].sum(1)
-        few, parts = math.ceil(len(batch) / args.accum), []           # --accum parts a batch, the same gradient
-        for chunk in (range(len(batch))[j:j + few] for j in range(0, len(batch), few)):
-            rows, weight = metrics.mine(chunk)
+        size, parts = math.ceil(len(batch) / args.accum), []                       # --accum parts a batch
+        for chunk in (range(len(batch))[j:j + size] for j in range(0, len(batch), size)):
+            rows, portion = metrics.mine(chunk)
             # this part of all answer tokens, and of all samples
-            shares = weight and float(words[[*rows]].sum() / words.sum()), weight * (len(chunk) / len(batch))
+            shares = portion and float(words[[*rows]].sum() / words.sum()), portion * (len(chunk) / len(batch))
             parts.append((backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), shares))
         return parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
@@ -1095,7 +1098,7 @@ def announce(args, stream, backbone, method, run):
     total = sum(p.numel() for part in (backbone, method) for p in part.parameters())
     run.say(f"method {args.method} · setting {args.setting} · data {stream.extra.get('version', args.data)} · backbone "
             f"{args.backbone} {args.backbone_seed} · seed {args.seed} · {args.device}\n{data.describe(stream)}\ntrainable "
-            f"{trainable:,} of {total:,} parameters · batch {args.batch} x {args.accum} · epochs {args.epochs} · "
+            f"{trainable:,} of {total:,} parameters · batch {args.batch} in {args.accum} · epochs {args.epochs} · "
             f"greedy decoding, no task id at test, replay buffer {args.memory}")
     return {"trainable": trainable, "frozen": total - trainable}
 
@@ -1276,7 +1279,7 @@ for name, letter, flag, best, values in (("fig4c", "delta", "mask_ratio", 0.05, 
 def bench(args):
     """Cost of the prompts against the frozen encoder they are injected into, at T5-base shapes with random
     weights; and of a training step against DualPrompt's, whose prompts cost next to nothing: the floor of any
-    prompt method."""
+    prompt method.  --length and --heads decide, other sizes are the defaults."""
     from transformers import T5Config, T5ForConditionalGeneration
     B, Nq, Nv, D, H, blocks, words = (8, 8, 6, 64, 4, 6, 512) if args.smoke else (100, 20, 36, 768, 12, 12, 32128)
     data_path = bench_data(args, B, *((50, 500) if args.smoke else (20_000, 200_000)))
@@ -1286,13 +1289,13 @@ def bench(args):
     backbone = VQABackbone(T5ForConditionalGeneration(config), None, VisualEmbedding(8, D), None).to(args.device)
     F_q, F_v = torch.randn(B, Nq, D, device=args.device), torch.randn(B, Nv, D, device=args.device)
     x = F_q, F_v, torch.ones_like(F_q[..., 0]).bool(), torch.ones_like(F_v[..., 0]).bool()  # every token is real
-    mm = MMPrompt(D, length=args.length).to(args.device).eval()
+    mm = MMPrompt(D, args.heads, args.length).to(args.device).eval()
     dual = DualPrompt(D, mm.layers, args.length, 10).to(args.device).eval()
     dual.begin_task(9)
     metrics.compiled(args, [*backbone.parts(), mm])
     pools = {name: len(pool.keys) for name, pool in mm.pools.items()}
     more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, pools, mm.layers, args.length)}
-    batch = [*x, None, torch.randint(words, (B, 4)), torch.ones(B, 4).bool()]                    # as of read()
+    batch = [*x, None, torch.randint(words, (B, 4)), torch.ones(B, 4).bool()]                   # loss() reads the last two
 
     @torch.enable_grad()
     def train(method, optimizer):
@@ -1324,8 +1327,8 @@ def bench(args):
     sizes = [sum(p.numel() for p in part.parameters()) for part in (mm, dual, backbone.t5.encoder.block)]
     print("parameters: MM-Prompt {:,}, DualPrompt {:,}, frozen encoder blocks {:,} · ".format(*sizes) +
           f"throughput {B / times[names[3]]:.0f} samples/s · peak {metrics.peak_memory_mb():.0f} MiB\n"
-          "paper, Fig. 7, s per 100: MM-Prompt 0.179, DualPrompt 0.158 (ratio 1.13, "
-          f"here {times[names[3]] / times[names[4]]:.2f}), MaPLe 0.211, Triplet 0.226")
+          "paper, Fig. 7, s per 100: MM-Prompt 0.179, DualPrompt 0.158 (ratio 1.13; "
+          f"here, of encoders, {times[names[3]] / times[names[4]]:.2f}), MaPLe 0.211, Triplet 0.226")
     return times | data_path
 
 
@@ -1377,31 +1380,31 @@ def parse_args(argv=None):
                      "mini | vqav2 | nextqa | a .jsonl file", "mini, or any T5-family Hugging Face id or folder", root=".")
     g = p.add_argument_group("data and backbone of MM-Prompt")
     g.add_argument("--setting", default="CI", choices=["DI", "CI", "QI"], help="dual, class or question increment")
-    g.add_argument("--sizes", type=positive, nargs=3, default=[8000, 800, 1600], help="mini: questions")
+    g.add_argument("--sizes", type=positive, nargs=3, default=[8000, 800, 1600], help="mini: questions in train, val, test")
     g.add_argument("--features", help="region features: a folder of .npz/.npy per picture, or VL-T5's .h5")
-    g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder: the eyes of --backbone")
+    g.add_argument("--vision", help="CLIP, SigLIP or DINOv2 id or folder: the vision model of --backbone")
     g.add_argument("--train-vision", choices=["first", "always", "never"], help="when the visual "
                    "embedding learns (default: never where it is pre-trained, else in the first task)")
     g.add_argument("--train-decoder", default=False, action=YES_NO, help="as the official code does")
     g = p.add_argument_group("the paper's")
-    g.add_argument("--length", type=positive, default=8, help="L, tokens per prompt (1 as in the paper)")
+    g.add_argument("--length", type=positive, default=8, help="L, tokens per prompt (paper: 1)")
     g.add_argument("--top-k", type=positive, default=5, help="k of Eq. 2")
     g.add_argument("--pool-sizes", type=positive, nargs=4, default=[40, 60, 80, 120], help="N of QG QE VG VE")
     g.add_argument("--mask-ratio", type=share, default=0.05, help="delta of Eq. 4")
     g.add_argument("--alpha", type=weight, default=1.0, help="alpha of Eq. 11, weight of L_inter")
     g.add_argument("--beta", type=weight, default=0.3, help="beta of Eq. 11, weight of L_intra")
     g.add_argument("--heads", type=positive, default=8, help="attention heads of A")
-    g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts")
-    g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts")
+    g.add_argument("--layers-g", type=natural, nargs="+", default=[1, 2], help="blocks with G prompts, from 0")
+    g.add_argument("--layers-e", type=natural, nargs="+", default=[3, 4, 5], help="blocks with E prompts, from 0")
     g.add_argument("--use-query", default=True, action=YES_NO, help="CQ of Table 2 (Eq. 1)")
     g.add_argument("--use-intra", default=True, action=YES_NO, help="intra recovery (Eq. 5-6)")
     g.add_argument("--use-inter", default=True, action=YES_NO, help="inter recovery (Eq. 7-10)")
     g.add_argument("--memory", type=natural, default=0, help="replay samples in all (Table 3)")
     g = p.add_argument_group("training of MM-Prompt")
-    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, the gradient stays")
-    g.add_argument("--lr-query", type=above_zero, help="of Eq. 1")
-    g.add_argument("--lr-attention", type=above_zero, help="of recovery; of compared methods, beside prompts")
-    g.add_argument("--lr-backbone", type=above_zero, help="of the backbone where it learns, its eyes too")
+    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, to save memory")
+    g.add_argument("--lr-query", type=above_zero, help="learning rate of Eq. 1")
+    g.add_argument("--lr-attention", type=above_zero, help="learning rate of recovery; of what compared methods learn beside prompts")
+    g.add_argument("--lr-backbone", type=above_zero, help="learning rate of the backbone where it learns")
     g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv), p, ["sizes"])
     # what a table's row alone sets: arguments of the class without a flag, a backbone drawn at random, the

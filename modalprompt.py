@@ -116,8 +116,8 @@ class ModalPrompt(nn.Module):
     (default k), lam: weight of the picture in the guidance, so that 0.5 ranks like the paper's alpha + beta,
     1 is picture only and 0 text only (Table 3).
     fusion=False trains each task with its own set alone; selection=False answers with all sets, oldest first
-    (Table 5).  distractors=True, not in the paper: each task learns behind k-1 sets of random words, and so to
-    answer whatever stands in front.  Earlier sets are frozen and never written again; a task keeps its set and
+    (Table 5).  distractors=True, not in the paper: each task learns behind k-1 sets of random words, and so
+    learns to answer whatever stands in front.  Earlier sets are frozen and never written again; a task keeps its set and
     its prototype, its projector is dropped, so that an old prototype cannot drift.  Raises ValueError for a bad
     setting.
     """
@@ -210,7 +210,7 @@ class ModalPrompt(nn.Module):
         # A choice has no gradient.  Eq. 6 teaches the projector and, a little, the prompts; Eq. 5 the prompts.
         with torch.no_grad():
             # What earlier tasks know helps the current one: the sets nearest to this sample, and its own.
-            # topk is descending; flipped, the most similar set lies next to the input.
+            # topk is descending; flipped, the most similar earlier set lies next to the current one.
             # X~_p^t = X_p^{<=t} o I_k{alpha^{<=t} + beta^{<=t}},  t in I_k                              Eq. 4
             chosen = self.scores(x_v, x_t)[:, :-1].topk(earlier, -1).indices.flip(-1)         # (B,k'-1)
             chosen = torch.cat([chosen, chosen.new_full((len(x_v), 1), t - 1)], -1)              # (B,k')
@@ -578,7 +578,7 @@ class Method(nn.Module):
 
 
 class Frozen(Method):
-    """Zero-shot, the lower bound: the frozen model as it is."""
+    """Zero-shot: the frozen model as it is."""
     one_stage = True
 
 
@@ -919,13 +919,13 @@ def learn_task(args, backbone, method, task, run):
         dice = torch.Generator().manual_seed(args.seed * 1_000_003 + run.stage * 1009 + epoch)
         order, total = torch.randperm(len(samples), generator=dice), 0.0
 
-        def read(i):                                                # --accum parts a batch, the same gradient
+        def read(i):                                                           # --accum parts a batch
             rows = order[i * args.batch:(i + 1) * args.batch].tolist()
-            few, parts = math.ceil(len(rows) / args.accum), []
-            for chunk in (rows[j:j + few] for j in range(0, len(rows), few)):
-                own, weight = metrics.mine(chunk)
+            size, parts = math.ceil(len(rows) / args.accum), []
+            for chunk in (rows[j:j + size] for j in range(0, len(rows), size)):
+                own, portion = metrics.mine(chunk)
                 part = [samples[r] for r in own]
-                parts.append((part, weight * (len(chunk) / len(rows)), vlm.read(part), *guide(backbone, method, part)))
+                parts.append((part, portion * (len(chunk) / len(rows)), vlm.read(part), *guide(backbone, method, part)))
             return sum(lengths[r] for r in rows), parts
         for i, (n_tokens, parts) in enumerate(metrics.ahead(read, run.bar(range(steps)))):
             step = epoch * steps + i
@@ -992,7 +992,7 @@ def run(args, folder):
     run, T = metrics.Run(folder, metrics.deciding(args), stream.names, args.resume, args.quiet, args.checkpoint_minutes), len(stream)
     run.say(f"method    {args.method}, backbone {args.backbone}, guidance {backbone.guidance.text_feature}, "
             f"seed {args.seed}, no task id at test")
-    run.say(f"setup     {args.epochs} epochs, batch {args.batch} (x{args.accum} parts), lr {args.lr:g}, "
+    run.say(f"setup     {args.epochs} epochs, batch {args.batch} in {args.accum}, lr {args.lr:g}, "
             f"{args.dtype}, {args.device}; " + ", ".join(f"{k} {v}" for k, v in metrics.environment().items()))
     counts = [f"{task.name} {len(task.train)}/{len(task.val)}/{len(task.test)}" for task in stream.tasks]
     run.say(f"samples   {'  '.join(counts)}")
@@ -1257,7 +1257,7 @@ def parse_args(argv=None):
     g.add_argument("--template", default="chat", choices=["chat", "vicuna", "plain"], help="how a question is written; "
                    "vicuna is LLaVA-1.5's training string")
     g.add_argument("--max-new-tokens", type=positive, help="longest answer; default 12 on mini, 128 elsewhere")
-    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, the gradient stays")
+    g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, to save memory")
     g.add_argument("--checkpointing", default=False, action=YES_NO, help="less memory, slower steps")
     g = p.add_argument_group("one answer")
     g.add_argument("--answer", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer one question (IMAGE none: no picture)")
