@@ -1221,10 +1221,8 @@ TABLES = {
         (f"{setting} {label}", {**own, "setting": setting}, None) for setting in SETTINGS
         for label, own, _ in (ISOLATED, QUERY, OURS, STOPPED, STARTS)]),
     "query": ("Eq. 1 or recovery learned in the first task only, on mini" + PAPERS, "CQ + CR", [
-        ISOLATED, QUERY,
-        ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"learn_query": "first"}}, None),
-        OURS, ("CQ learned in task 1 only + CR", {**DI, "options": {"learn_query": "first"}}, None),
-        STOPPED, STARTS]),
+        ISOLATED, QUERY, ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"learn_query": "first"}}, None),
+        OURS, ("CQ learned in task 1 only + CR", {**DI, "options": {"learn_query": "first"}}, None), STOPPED, STARTS]),
     "official": ("Table 2 on mini as the official code has it" + PAPERS, "isolated prompts", [
         ("isolated prompts", {**ISOLATED[1], **OFFICIAL}, ISOLATED[2]),
         ("CQ", {**NO_RECOVERY, **OFFICIAL}, (34.990, 0.588)), ("CQ + CR", OFFICIAL, OURS[2]),
