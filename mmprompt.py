@@ -1189,8 +1189,11 @@ DI, CI = {"setting": "DI"}, {"setting": "CI"}
 NO_RECOVERY = {"setting": "DI", "use_intra": False, "use_inter": False}
 ISOLATED = ("isolated prompts", {**NO_RECOVERY, "use_query": False}, (34.172, 1.310))
 QUERY = ("CQ", NO_RECOVERY, (34.990, 0.588))
-STOPPED = ("CQ + CR learned in task 1 only", {**DI, "options": {"learn_recovery": "first"}}, None)
-STARTS = ("CQ + CR as it starts", {**DI, "options": {"learn_recovery": "never"}}, None)
+STOPPED = [                                                 # parts that stop learning after the first task
+    ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"learn_query": "first"}}, None),
+    ("CQ learned in task 1 only + CR", {**DI, "options": {"learn_query": "first"}}, None),
+    ("CQ + CR learned in task 1 only", {**DI, "options": {"learn_recovery": "first"}}, None),
+    ("CQ + CR as it starts", {**DI, "options": {"learn_recovery": "never"}}, None)]
 # What the official code does: encoder and eyes drawn at random and frozen, decoder trained, prompts of one
 # token that stay in the sequence, recovered ones where they were hidden (5 %; here in training only, there at
 # test too), a hundredth of L_qk.
@@ -1219,10 +1222,7 @@ TABLES = {
     "2": ("Table 2 on mini" + TICKS, "CQ + CR", [ISOLATED, QUERY, OURS]),
     "settings": ("Query and recovery in each setting, on mini", "{} CQ + CR", [
         (f"{setting} {label}", {**own, "setting": setting}, None) for setting in SETTINGS
-        for label, own, _ in (ISOLATED, QUERY, OURS, STOPPED, STARTS)]),
-    "query": ("Eq. 1 or recovery learned in the first task only, on mini" + PAPERS, "CQ + CR", [
-        ISOLATED, QUERY, ("CQ learned in task 1 only", {**NO_RECOVERY, "options": {"learn_query": "first"}}, None),
-        OURS, ("CQ learned in task 1 only + CR", {**DI, "options": {"learn_query": "first"}}, None), STOPPED, STARTS]),
+        for label, own, _ in (ISOLATED, QUERY, OURS, *STOPPED)]),
     "official": ("Table 2 on mini as the official code has it" + PAPERS, "isolated prompts", [
         ("isolated prompts", {**ISOLATED[1], **OFFICIAL}, ISOLATED[2]),
         ("CQ", {**NO_RECOVERY, **OFFICIAL}, (34.990, 0.588)), ("CQ + CR", OFFICIAL, OURS[2]),
