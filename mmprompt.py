@@ -505,12 +505,14 @@ class VQABackbone(nn.Module):
     @staticmethod
     def look_once(block, h, longer, bias):
         """What `block` makes of the first N of `longer`: block(longer)[:, :N].  What it would make of the
-        prompts is dropped, so they are keys and values alone, and cost a sixth of a token.  h (B,N,D) -> (B,N,D)
+        prompts is dropped, so they are keys and values alone, and cost a sixth of a token.
+
+        h (B,N,D), longer (B,N+P,D), bias (B,H,N+P,N+P) -> (B,N,D)
         """
         attend, feed_forward = block.layer
         x, N = attend.layer_norm(longer), h.shape[1]                                             # (B,N+P,D)
         looked = attend.SelfAttention(x[:, :N], key_value_states=x, position_bias=bias[:, :, :N])[0]
-        return feed_forward(h + looked)                                                          # dropout is off
+        return feed_forward(h + looked)                                                          # (B,N,D)
 
     def parts(self):
         """Attention and feed-forward of each encoder block, for --compile."""
@@ -982,7 +984,8 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
         for chunk in (range(len(batch))[j:j + size] for j in range(0, len(batch), size)):
             rows, portion = metrics.mine(chunk)
             # this part of all answer tokens, and of all samples
-            shares = portion and float(words[[*rows]].sum() / words.sum()), portion * (len(chunk) / len(batch))
+            of_words = portion and float(words[[*rows]].sum() / words.sum())
+            shares = of_words, portion * (len(chunk) / len(batch))
             parts.append((backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), shares))
         return parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
@@ -1295,7 +1298,7 @@ def bench(args):
     metrics.compiled(args, [*backbone.parts(), mm])
     pools = {name: len(pool.keys) for name, pool in mm.pools.items()}
     more = {"MaPLe": MaPLe(D, mm.layers, args.length), "Triplet": Triplet(D, pools, mm.layers, args.length)}
-    batch = [*x, None, torch.randint(words, (B, 4)), torch.ones(B, 4).bool()]                   # loss() reads the last two
+    batch = [*x, None, torch.randint(words, (B, 4)), torch.ones(B, 4).bool()]    # loss() reads the last two
 
     @torch.enable_grad()
     def train(method, optimizer):
@@ -1403,7 +1406,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("training of MM-Prompt")
     g.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in, to save memory")
     g.add_argument("--lr-query", type=above_zero, help="learning rate of Eq. 1")
-    g.add_argument("--lr-attention", type=above_zero, help="learning rate of recovery; of what compared methods learn beside prompts")
+    g.add_argument("--lr-attention", type=above_zero, help="learning rate of what is not prompts or query")
     g.add_argument("--lr-backbone", type=above_zero, help="learning rate of the backbone where it learns")
     g.add_argument("--weight-decay", type=weight, default=0.01, help="not of prompts")
     args = check_shared(p.parse_args(argv), p, ["sizes"])
