@@ -1360,6 +1360,7 @@ def bench_data(args, batch, pictures, questions):
                 pass
             speed = questions / (time.time() - start)
             memory.append(metrics.resident_mb())
+            load = backbone = samples = parts = None                 # gone before the next are made
     print(f"data path: {rates[1]:.0f} pictures/s once, {speed:.0f} samples/s in each epoch; resident memory "
           f"{memory[0]:.0f} MiB with {pictures // 10} pictures, {memory[1]:.0f} MiB with {pictures}")
     return {"pictures/s": rates[1], "samples/s": speed, "resident MiB": memory}
