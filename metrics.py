@@ -599,6 +599,15 @@ def mine(batch):
     return (own, len(own) / len(batch)) if len(own) else (batch[:1], 0.0)
 
 
+def in_parts(batch, n):
+    """A batch (a list) in n parts, one after the other: yields this process's share of each, and the share's weight in
+    the batch's mean."""
+    size = math.ceil(len(batch) / n)
+    for part in (batch[i:i + size] for i in range(0, len(batch), size)):
+        own, weight = mine(part)
+        yield own, weight * (len(part) / len(batch))
+
+
 def wait_for_all():
     if PROCESSES > 1:
         torch.distributed.barrier()

@@ -1330,7 +1330,8 @@ def is_small(args):
 
 
 def parse_args(argv=None):
-    p = metrics.shared_flags("Prompts for missing modalities that arrive one after the other.  (open): the paper does not say.", METHODS, TABLES,
+    p = metrics.shared_flags("Prompts for missing modalities that arrive one after the other.  (open): the paper "
+                             "does not say.", METHODS, TABLES,
                              "mini, mini4 (four classes), <file>.npz, or mosi, mosei, sims, iemocap with --root",
                              "msa: self-attention encoders; mult: crossmodal ones (open in the paper)",
                              backbone="msa", batch=64, eval_batch=512, grad_clip=0.8)

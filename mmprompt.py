@@ -28,7 +28,6 @@ Call path main                          reads the flags, one run a seed
 import dataclasses
 import functools
 import inspect
-import math
 import os
 import random
 import shutil
@@ -487,31 +486,30 @@ class VQABackbone(nn.Module):
             if i not in place:
                 h = block(h, position_bias=bias)[0]                                              # (B,N,D)
                 continue
-            longer, longer_mask, longer_bias = self.inject(h, mask, Nq, place[i])
+            longer, P = self.inject(h, place[i]), place[i].shape[1]                              # (B,N+P,D)
             if method.keep:                                          # prompts stay in the sequence...
-                h = block(longer, position_bias=longer_bias)[0]                                  # (B,N+P,D)
-                mask, bias = longer_mask, longer_bias
+                mask = F.pad(mask, (0, P), value=True)                                           # (B,N+P)
+                bias = self.position_bias(Nq, mask, h.dtype)                                     # (B,H,N+P,N+P)
+                h = block(longer, position_bias=bias)[0]                                         # (B,N+P,D)
             else:                                                  # ...or are dropped again after their block
-                h = self.look_once(block, h, longer, longer_bias)                                # (B,N,D)
+                h = self.look_once(block, h, longer, F.pad(bias, (0, P)))                        # (B,N,D)
         return self.t5.encoder.final_layer_norm(h), mask, out                                 # dropout is off
 
-    def inject(self, h, mask, Nq, prompts):
+    def inject(self, h, prompts):
         """HERE THE PROMPTS ENTER: P more tokens behind those of the sequence, which every token may look
         at."""
-        longer = torch.cat([h, prompts.to(h.dtype)], 1)                                          # (B,N+P,D)
-        mask = F.pad(mask, (0, prompts.shape[1]), value=True)                                    # (B,N+P)
-        return longer, mask, self.position_bias(Nq, mask, h.dtype)                             # (B,H,N+P,N+P)
+        return torch.cat([h, prompts.to(h.dtype)], 1)                                            # (B,N+P,D)
 
     @staticmethod
     def look_once(block, h, longer, bias):
         """What `block` makes of the first N of `longer`: block(longer)[:, :N].  What it would make of the
         prompts is dropped, so they are keys and values alone, and cost a sixth of a token.
 
-        h (B,N,D), longer (B,N+P,D), bias (B,H,N+P,N+P) -> (B,N,D)
+        h (B,N,D), longer (B,N+P,D), bias (B,H,N,N+P) -> (B,N,D)
         """
         attend, feed_forward = block.layer
         x, N = attend.layer_norm(longer), h.shape[1]                                             # (B,N+P,D)
-        looked = attend.SelfAttention(x[:, :N], key_value_states=x, position_bias=bias[:, :, :N])[0]
+        looked = attend.SelfAttention(x[:, :N], key_value_states=x, position_bias=bias)[0]
         return feed_forward(h + looked)                                                          # (B,N,D)
 
     def parts(self):
@@ -980,18 +978,16 @@ def learn_epoch(args, backbone, method, samples, memory, optimizer, run, epoch):
         batch = order[i:i + args.batch] + rng.sample(memory, min(args.batch, len(memory)))
         answers = [draw_answer(rng, s.answers) for s in batch]
         words = backbone.tokens(answers, backbone.max_answer)[1].sum(1)
-        size, parts = math.ceil(len(batch) / args.accum), []                       # --accum parts a batch
-        for chunk in (range(len(batch))[j:j + size] for j in range(0, len(batch), size)):
-            rows, portion = metrics.mine(chunk)
-            # this part of all answer tokens, and of all samples
-            of_words = portion and float(words[[*rows]].sum() / words.sum())
-            shares = of_words, portion * (len(chunk) / len(batch))
-            parts.append((backbone.read([batch[r] for r in rows], [answers[r] for r in rows]), shares))
+        parts = []
+        for rows, of_samples in metrics.in_parts([*range(len(batch))], args.accum):
+            of_words = of_samples and float(words[rows].sum() / words.sum())     # this part of all answer tokens
+            tensors = backbone.read([batch[r] for r in rows], [answers[r] for r in rows])
+            parts.append((tensors, of_words, of_samples))
         return parts
     total, bar = 0.0, run.bar(range(0, len(order), args.batch))
     for step, parts in enumerate(metrics.ahead(read, bar)):
         whole = torch.zeros((), device=backbone.t5.device)
-        for batch, (of_words, of_samples) in parts:
+        for batch, of_words, of_samples in parts:
             with precision(args):
                 hidden, mask, out = backbone.encode(*backbone.embed(batch), method, args.train_modality)
                 ce = backbone.loss(hidden, mask, batch)

@@ -919,13 +919,12 @@ def learn_task(args, backbone, method, task, run):
         dice = torch.Generator().manual_seed(args.seed * 1_000_003 + run.stage * 1009 + epoch)
         order, total = torch.randperm(len(samples), generator=dice), 0.0
 
-        def read(i):                                                           # --accum parts a batch
+        def read(i):
             rows = order[i * args.batch:(i + 1) * args.batch].tolist()
-            size, parts = math.ceil(len(rows) / args.accum), []
-            for chunk in (rows[j:j + size] for j in range(0, len(rows), size)):
-                own, portion = metrics.mine(chunk)
+            parts = []
+            for own, portion in metrics.in_parts(rows, args.accum):
                 part = [samples[r] for r in own]
-                parts.append((part, portion * (len(chunk) / len(rows)), vlm.read(part), *guide(backbone, method, part)))
+                parts.append((part, portion, vlm.read(part), *guide(backbone, method, part)))
             return sum(lengths[r] for r in rows), parts
         for i, (n_tokens, parts) in enumerate(metrics.ahead(read, run.bar(range(steps)))):
             step = epoch * steps + i

@@ -774,9 +774,9 @@ def test_mmprompt_prompts_enter_where_the_call_path_says(monkeypatch):
     inject, seen_at = mmprompt.VQABackbone.inject, []
     assert "torch.cat([h, prompts" in (HERE / "mmprompt.py").read_text()
 
-    def seen(self, h, mask, Nq, prompts):
+    def seen(self, h, prompts):
         entered.append(prompts)
-        return inject(self, h, mask, Nq, prompts)
+        return inject(self, h, prompts)
     for block in model.t5.encoder.block:                             # tokens that look, tokens that are looked at
         block.layer[0].SelfAttention.register_forward_pre_hook(with_kwargs=True, hook=lambda part, own, more: seen_at.append(
             (own[0].shape[1], more.get("key_value_states", own[0]).shape[1])))
